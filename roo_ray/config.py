@@ -1,0 +1,254 @@
+"""The typed job config: one YAML file per run, with ``key=value`` overrides; unknown keys are refused.
+
+Paths: a schema's path is relative to the config file; every other relative path is relative to the home of
+roo_ray's data (``ROO_RAY_HOME``, default ``~/.roo_ray``), so that a submitted job, which runs in a temporary
+copy of the working directory, finds the same data. URIs (``s3://...``, ``gs://...``) are taken as they are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from roo_ray.errors import ConfigError
+from roo_ray.schema import Schema, Strict, load_schema, readable_errors
+
+
+def home() -> Path:
+    """Where roo_ray keeps data, runs and the default MLflow store: ``ROO_RAY_HOME`` or ``~/.roo_ray``."""
+    return Path(os.environ.get("ROO_RAY_HOME") or "~/.roo_ray").expanduser().absolute()
+
+
+def resolve_path(path: str) -> str:
+    """An absolute path or URI; relative paths are taken from ``home()``."""
+    if "://" in path:
+        return path
+    return str(home() / Path(path).expanduser())
+
+
+DataPath = Annotated[
+    str, BeforeValidator(lambda value: resolve_path(value) if isinstance(value, str) else value)
+]
+DataPaths = Annotated[
+    list[DataPath], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+]
+
+
+class SyntheticSource(Strict):
+    """A generated impression log with a planted click model. ``path``: where the log is written.
+
+    ``history_length``: the longest history; lengths are skewed below it. ``mean_impressions``: mean number of
+    impressions of a request (a skewed distribution, at least 1, at most ``max_impressions``). ``days``: the
+    requests are spread over so many days. ``requests_per_task``: the size of one Ray Data generator task.
+    ``reuse``: a complete log with the same settings at ``path`` is not generated again.
+    """
+
+    kind: Literal["synthetic"]
+    path: DataPath
+    requests: int = Field(default=20_000, gt=0)
+    mean_impressions: float = Field(default=10.0, ge=1)
+    max_impressions: int = Field(default=100, gt=0)
+    users: int = Field(default=4_000, gt=0)
+    items: int = Field(default=5_000, gt=1)
+    topics: int = Field(default=20, gt=1)
+    history_length: int = Field(default=64, ge=0)
+    days: int = Field(default=8, gt=0)
+    requests_per_task: int = Field(default=5_000, gt=0)
+    seed: int = 0
+    reuse: bool = True
+
+
+class ImpressionSource(Strict):
+    """A Parquet table with one row per impression: a file, a folder (read recursively), or a list of them."""
+
+    kind: Literal["impressions"]
+    path: DataPaths
+
+
+class EbnerdSource(Strict):
+    """EB-NeRD in its publisher's files: a folder with ``behaviors.parquet`` and ``history.parquet``."""
+
+    kind: Literal["ebnerd"]
+    path: DataPath
+
+
+Source = Annotated[SyntheticSource | ImpressionSource | EbnerdSource, Field(discriminator="kind")]
+
+
+class Build(Strict):
+    """How request shards are written.
+
+    ``buckets``: hash buckets of the request key, one grouping task each; default from the size of the input.
+    ``row_group_requests``: requests per row group, the unit of reading. ``on_request_conflict``: what to do
+    when a request-only column varies within a request: ``fail``, or keep the ``first`` / ``last`` value in
+    impression order (counted in the manifest either way).
+    """
+
+    buckets: int | None = Field(default=None, gt=0)
+    row_group_requests: int = Field(default=1024, gt=0)
+    compression_level: int = Field(default=3, ge=1, le=22)
+    on_request_conflict: Literal["fail", "first", "last"] = "fail"
+
+
+class Holdout(Strict):
+    """What is held out for evaluation: the last ``days`` days of the data, or, with ``by: request``, a
+    ``fraction`` of the requests chosen by a hash of the request key."""
+
+    by: Literal["day", "request"] = "day"
+    days: int = Field(default=1, gt=0)
+    fraction: float = Field(default=0.1, gt=0, lt=1)
+
+
+class Ingest(Strict):
+    """The order and size of batches (docs/architecture.md, "Plan").
+
+    ``lanes``: virtual workers, fixed for a run; ranks own lanes, so results do not depend on their number.
+    ``batch_impressions``: impressions in one lane's batch of a step (a single larger request gets its own
+    batch). ``window_units``: row groups shuffled together. ``reader``: ``ray_data`` (tasks on data nodes) or
+    ``thread`` (a background thread of the trainer); both deliver the identical stream.
+    """
+
+    lanes: int = Field(default=4, gt=0)
+    batch_impressions: int = Field(default=512, gt=0)
+    window_units: int = Field(default=4, gt=0)
+    reader: Literal["ray_data", "thread"] = "ray_data"
+    prefetch_batches: int = Field(default=4, gt=0)
+
+
+class Model(Strict):
+    """A request-only ranking model: HSTU over history and user tower at B_RO, DCNv2 and task heads at B_NRO.
+
+    ``dim``: width of the history encoder. ``layers`` / ``heads``: HSTU layers (0: mean of the history) and
+    attention heads. ``user_dim``: width of the user vector that is fanned out. ``cross_layers`` /
+    ``cross_rank``: DCNv2 low-rank cross layers. ``tower``: hidden widths over the cross output.
+    """
+
+    dim: int = Field(default=64, gt=0)
+    layers: int = Field(default=2, ge=0)
+    heads: int = Field(default=2, gt=0)
+    user_dim: int = Field(default=64, gt=0)
+    cross_layers: int = Field(default=2, ge=0)
+    cross_rank: int = Field(default=32, gt=0)
+    tower: list[int] = Field(default=[128, 64])
+
+    @model_validator(mode="after")
+    def _heads_divide_dim(self) -> Model:
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} must be a multiple of heads {self.heads}")
+        return self
+
+
+class Training(Strict):
+    """``workers``: TorchTrainer workers. ``gpu``: one GPU a worker and NCCL, otherwise CPU and gloo.
+    ``epochs``, learning rates (row-wise Adagrad for embeddings, Adam for the rest). ``row_wise_from``: tables
+    of at least so many rows are sharded row-wise, smaller ones table-wise. ``log_every``: steps.
+    ``evaluate_every``: epochs. ``max_failures``: restarts of the worker group from the last checkpoint.
+    ``form``: ``request`` is ROO; ``impression`` trains the same batches exploded, the baseline."""
+
+    workers: int = Field(default=2, gt=0)
+    gpu: bool = False
+    threads_per_worker: int = Field(default=1, gt=0)
+    epochs: int = Field(default=1, gt=0)
+    embedding_lr: float = Field(default=0.05, gt=0)
+    dense_lr: float = Field(default=1e-3, gt=0)
+    row_wise_from: int = Field(default=1000, gt=0)
+    log_every: int = Field(default=10, gt=0)
+    keep_checkpoints: int = Field(default=2, gt=0)
+    max_failures: int = Field(default=1, ge=0)
+    form: Literal["request", "impression"] = "request"
+    seed: int = 0
+
+
+class Tracking(Strict):
+    """MLflow. ``uri``: default ``MLFLOW_TRACKING_URI``, else SQLite in roo_ray's home."""
+
+    enabled: bool = True
+    uri: str | None = None
+    experiment: str = "roo_ray"
+
+
+class RaySettings(Strict):
+    """``address``: a running cluster (default: ``RAY_ADDRESS``, else a local Ray is started).
+    ``local_cpus``: logical CPUs of a local Ray; by default the cores, and at least workers + 2, because Ray
+    Data needs CPUs beside the trainers. ``cpus_per_worker``: CPUs that a trainer takes; ``data_cpus``: CPUs
+    that must be left for Ray Data."""
+
+    address: str | None = None
+    local_cpus: int | None = Field(default=None, gt=0)
+    cpus_per_worker: float = Field(default=1, gt=0)
+    data_cpus: float = Field(default=1, gt=0)
+    object_store_bytes: int | None = Field(default=None, gt=0)
+
+
+class Config(Strict):
+    """A job's config. ``requests``: the path of the request-shard data set (built, then trained on).
+    ``storage``: where runs and checkpoints go. ``run_name``: the same name resumes the same run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    name: str
+    request_schema: Schema = Field(alias="schema")
+    source: Source | None = None
+    requests: DataPath
+    storage: DataPath = Field(default="runs", validate_default=True)
+    run_name: str | None = None
+    build: Build = Build()
+    holdout: Holdout = Holdout()
+    ingest: Ingest = Ingest()
+    model: Model = Model()
+    training: Training = Training()
+    tracking: Tracking = Tracking()
+    ray: RaySettings = RaySettings()
+
+    @model_validator(mode="after")
+    def _ranks_own_lanes(self) -> Config:
+        if self.training.workers > self.ingest.lanes:
+            raise ValueError(
+                f"training.workers {self.training.workers} is more than ingest.lanes {self.ingest.lanes}: "
+                "every worker owns at least one lane; raise ingest.lanes"
+            )
+        return self
+
+
+def _set_by_dots(content: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override '{override}': expected key=value, such as training.epochs=2")
+    node = content
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override '{override}': '{parent}' is not a section")
+        node = child
+    node[last] = yaml.safe_load(text)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a config file, applies ``key=value`` overrides (dots go into sections) and validates it.
+
+    Raises ConfigError, one line per wrong key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"config file not found: {path}")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a mapping")
+    for override in overrides:
+        _set_by_dots(content, override)
+    if isinstance(content.get("schema"), str):
+        schema_path = Path(content["schema"]).expanduser()
+        content["schema"] = load_schema(schema_path if schema_path.is_absolute() else path.parent / schema_path)
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(f"{path}:\n  {readable_errors(error)}") from None
