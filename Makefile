@@ -1,0 +1,32 @@
+# Two commands: `make demo` sets everything up and runs the main job; `make test` sets everything up and passes
+# the tests. Both make .venv once and reuse it until the dependencies change.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test check mlflow clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml packaging/install.sh packaging/fbgemm-gpu-stub/pyproject.toml
+	PYTHON="$(PYTHON)" VENV="$(VENV)" bash packaging/install.sh
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python jobs/demo.py --config configs/demo.yaml
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+mlflow: $(STAMP)
+	$(BIN)/mlflow ui --host 127.0.0.1 --port $(or $(PORT),5000) \
+	  --backend-store-uri "$$($(BIN)/python -c 'from roo_ray.training.tracking import default_uri; print(default_uri())')"
+
+clean:
+	rm -rf $(VENV)

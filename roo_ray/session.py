@@ -1,0 +1,116 @@
+"""Ray as the jobs need it: settings that must stand before ``import ray``, a local or remote session, and the
+check that Ray Data has CPUs left beside the trainers.
+
+Import this module before ``ray``; ``connect`` starts or joins Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from roo_ray.config import RaySettings, Training
+from roo_ray.errors import ClusterError
+
+# Why each: docs/architecture.md, "Ray settings". A value set by the user wins.
+ENVIRONMENT = {
+    "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
+    "RAY_num_workers_soft_limit": "10",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_V2": "1",
+    "RAY_DEDUP_LOGS": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "PYTHONWARNINGS": "ignore",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+
+
+def apply_environment() -> None:
+    """Sets what must be set before ``import ray``, where the user has not set it.
+
+    Authentication is left alone where a cluster is to be joined (``RAY_ADDRESS``). A local Ray runs without:
+    otherwise it would write a token into the user's home, after which ``ray start`` turns authentication on
+    and ``ray job submit`` is refused.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if "RAY_ADDRESS" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+
+apply_environment()
+
+import ray  # noqa: E402  (after the environment, on purpose)
+from ray.data import DataContext  # noqa: E402
+
+
+@contextmanager
+def connect(settings: RaySettings, training: Training | None = None) -> Iterator[None]:
+    """Joins the cluster at ``RAY_ADDRESS`` (a submitted job finds it set), or starts a local Ray on loopback
+    for the duration of the block, and checks that the trainers, if any, leave CPUs for Ray Data.
+
+    Raises ClusterError, before anything runs, where they do not fit.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    workers = training.workers if training else 0
+    if address:
+        try:
+            ray.init(address=address, **options)
+        except ConnectionError as error:
+            raise ClusterError(
+                f"no Ray cluster at '{address}' ({error}); start one or unset RAY_ADDRESS"
+            ) from None
+    else:
+        wanted = int(workers * settings.cpus_per_worker + max(settings.data_cpus, 2))
+        ray.init(
+            num_cpus=settings.local_cpus or max(os.cpu_count() or 1, wanted),
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            object_store_memory=settings.object_store_bytes,
+            **options,
+        )
+    quiet_data_context()
+    try:
+        require_resources(
+            workers, settings.cpus_per_worker, settings.data_cpus, bool(training and training.gpu)
+        )
+        yield
+    finally:
+        ray.shutdown()
+
+
+def require_resources(workers: int, cpus_per_worker: float, data_cpus: float, gpu: bool) -> None:
+    """Raises ClusterError where the cluster has too few CPUs or GPUs for the trainers and Ray Data together.
+
+    Two 1-CPU trainers on 2 CPUs would leave Ray Data none: the job would wait for ever without a word.
+    """
+    total = ray.cluster_resources()
+    needed = workers * cpus_per_worker + data_cpus
+    cpus = total.get("CPU", 0)
+    if cpus < needed:
+        raise ClusterError(
+            f"the cluster has {cpus:g} CPUs, and the job needs {needed:g}: {workers} workers of "
+            f"{cpus_per_worker:g} and {data_cpus:g} for Ray Data; lower training.workers or "
+            "ray.cpus_per_worker, or start Ray with more (logical) CPUs: ray start --head --num-cpus=N"
+        )
+    if gpu and total.get("GPU", 0) < workers:
+        raise ClusterError(
+            f"training.gpu is on and the cluster has {total.get('GPU', 0):g} GPUs for {workers} workers; "
+            "lower training.workers, add GPU nodes, or set training.gpu=false"
+        )
+
+
+def quiet_data_context() -> None:
+    """Settings of Ray Data in this process: no progress bars, no per-operator log lines."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.enable_operator_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -1,0 +1,69 @@
+"""What every job's command line shares: config and overrides, error messages, exit codes, closing tables."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from roo_ray.config import Config, load_config
+from roo_ray.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
+
+
+def job_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with what every job takes: ``--config FILE`` and ``key=value`` overrides."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML config (see configs/)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="overrides, such as training.epochs=2 ingest.lanes=8"
+    )
+    return parser
+
+
+def read_config(options: argparse.Namespace) -> Config:
+    """The validated config; a cluster address in it becomes ``RAY_ADDRESS``. Call before importing Ray."""
+    config = load_config(options.config, options.overrides)
+    if config.ray.address:
+        os.environ["RAY_ADDRESS"] = config.ray.address
+    return config
+
+
+def run_job(main: Callable[[], None]) -> None:
+    """Runs a job and exits: 0 done, 2 bad input (the message alone), 1 any other failure (with traceback)."""
+    try:
+        main()
+    except BadInput as error:
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+    sys.exit(EXIT_OK)
+
+
+def human_bytes(count: float) -> str:
+    """``12.3 MB`` (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 1000 or unit == "TB":
+            return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
+    """Prints a table: first column left, the others right aligned."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for position, name in enumerate(header):
+        table.add_column(name, justify="left" if position == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
+    console.print()
+    console.print(table)
+    if note:
+        console.print(note)

@@ -1,0 +1,35 @@
+"""Shared fixtures. Tests never touch the user's own runs: roo_ray's home is a temporary folder."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ["ROO_RAY_HOME"] = tempfile.mkdtemp(prefix="roo_ray_tests_")
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+os.environ.pop("RAY_ADDRESS", None)
+
+import pytest
+
+from roo_ray import session
+from roo_ray.config import RaySettings
+
+ROOT = Path(__file__).parents[1]
+EBNERD = ROOT.parent / "shared" / "data" / "ebnerd"
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """A local Ray with 4 logical CPUs (enough for 2 trainers and Ray Data), shared by the whole test run."""
+    with session.connect(RaySettings(local_cpus=4, object_store_bytes=500_000_000)):
+        yield
+
+
+@pytest.fixture(scope="session")
+def ebnerd_folder() -> Path:
+    """The folder with EB-NeRD's real files; skips where it is missing."""
+    if not (EBNERD / "behaviors.parquet").is_file():
+        pytest.skip(f"real data not found at {EBNERD}; the same path is tested on generated data")
+    return EBNERD

@@ -1,0 +1,161 @@
+"""Metrics against scikit-learn and brute force, and the same for any cut into batches and ranks."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import log_loss, roc_auc_score
+
+from roo_ray.metrics.auc import auc_error_bound, exact_auc
+from roo_ray.metrics.collection import RankingMetrics
+from tests.metrics.reference import pair_auc, pair_gauc, random_batch
+
+TASKS = ["click", "like"]
+
+
+def measured(*batches: tuple[torch.Tensor, ...]) -> RankingMetrics:
+    metrics = RankingMetrics(TASKS)
+    for batch in batches:
+        metrics.update(*batch)
+    return metrics
+
+
+def split_by_requests(batch: tuple[torch.Tensor, ...], cut: int) -> list[tuple[torch.Tensor, ...]]:
+    """The batch cut before request ``cut``."""
+    logits, labels, weights, counts = batch
+    row = int(counts[:cut].sum())
+    return [
+        (logits[:row], labels[:row], weights[:row], counts[:cut]),
+        (logits[row:], labels[row:], weights[row:], counts[cut:]),
+    ]
+
+
+def test_against_scikit_learn() -> None:
+    batch = random_batch(1, requests=800)
+    logits, labels, weights, _ = (part.numpy() for part in batch)
+    values = measured(batch).compute()
+    for k, task in enumerate(TASKS):
+        seen = weights[:, k] > 0
+        x, y = logits[seen, k].astype(np.float64), labels[seen, k].astype(np.float64)
+        p = 1 / (1 + np.exp(-x))
+        rate = y.mean()
+        entropy = -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate))
+        assert values[f"{task}/log_loss"] == pytest.approx(log_loss(y, p), rel=1e-9)
+        assert values[f"{task}/ne"] == pytest.approx(log_loss(y, p) / entropy, rel=1e-9)
+        assert values[f"{task}/auc"] == pytest.approx(roc_auc_score(y, x), abs=1e-4)
+        assert values[f"{task}/calibration"] == pytest.approx(p.sum() / y.sum(), rel=1e-9)
+        assert values[f"{task}/base_rate"] == pytest.approx(rate)
+        assert values[f"{task}/impressions"] == seen.sum()
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), requests=st.integers(1, 12), levels=st.sampled_from([2, 3, 1000]))
+def test_auc_and_gauc_equal_pair_counting(seed: int, requests: int, levels: int) -> None:
+    batch = random_batch(seed, requests, levels=levels)
+    logits, labels, weights, counts = batch
+    metrics = measured(batch)
+    values = metrics.compute()
+    for k, task in enumerate(TASKS):
+        seen = weights[:, k] > 0
+        brute = pair_auc(logits[seen, k].tolist(), labels[seen, k].int().tolist())
+        assert exact_auc(logits[seen, k], labels[seen, k]) == pytest.approx(brute, nan_ok=True)
+        assert values[f"{task}/auc"] == pytest.approx(brute, nan_ok=True)  # distinct logits here are 1 apart
+        expected, used, skipped = pair_gauc(
+            logits[:, k].numpy(), labels[:, k].numpy(), weights[:, k].numpy(), counts.tolist()
+        )
+        assert values[f"{task}/gauc"] == pytest.approx(expected, nan_ok=True)
+        assert (values[f"{task}/gauc_requests"], values[f"{task}/gauc_skipped"]) == (used, skipped)
+
+
+def test_histogram_error_stays_within_its_bound() -> None:
+    for scale in (1e-3, 1.0, 1e3):
+        logits, labels, weights, counts = random_batch(3, requests=2000)
+        logits *= scale
+        metrics = measured((logits, labels, weights, counts))
+        bounds = auc_error_bound(metrics.histogram)
+        for k, task in enumerate(TASKS):
+            seen = weights[:, k] > 0
+            error = abs(metrics.compute()[f"{task}/auc"] - exact_auc(logits[seen, k], labels[seen, k]))
+            assert error <= bounds[k] + 1e-12
+    assert bounds.max() < 1e-3
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), requests=st.integers(2, 20), data=st.data())
+def test_any_cut_into_batches_gives_the_same(seed: int, requests: int, data: st.DataObject) -> None:
+    batch = random_batch(seed, requests)
+    parts = split_by_requests(batch, data.draw(st.integers(1, requests - 1)))
+    whole, cut = measured(batch).compute(), measured(*parts).compute()
+    assert cut == pytest.approx(whole, rel=1e-12, nan_ok=True)
+
+
+def test_states_add() -> None:
+    first, second = split_by_requests(random_batch(7, 30), 11)
+    added = RankingMetrics(TASKS)
+    added.load_state(measured(first).state() + measured(second).state())
+    assert added.compute() == pytest.approx(measured(first, second).compute(), rel=1e-12)
+
+
+def _rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    part = split_by_requests(random_batch(7, 30), 11)[rank]
+    merged = measured(part).merge().compute()
+    torch.save(merged, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_agree_with_one(tmp_path: Path) -> None:
+    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    expected = measured(random_batch(7, 30)).compute()
+    for rank in range(2):
+        assert torch.load(tmp_path / f"{rank}.pt") == pytest.approx(expected, rel=1e-12)
+
+
+def test_unknown_and_dummy_rows_change_nothing() -> None:
+    logits, labels, weights, counts = random_batch(5, 20)
+    noise = torch.where(weights > 0, logits, torch.nan)
+    dummy = torch.zeros(1, 2)
+    with_dummy = (
+        torch.cat([noise, dummy]),
+        torch.cat([labels, dummy]),
+        torch.cat([weights, dummy]),
+        torch.cat([counts, torch.ones(1, dtype=torch.int64)]),
+    )
+    assert measured(with_dummy).compute() == measured((logits, labels, weights, counts)).compute()
+
+
+def test_undefined_figures_are_nan() -> None:
+    empty = RankingMetrics(TASKS).compute()
+    assert math.isnan(empty["click/ne"])
+    assert math.isnan(empty["click/auc"])
+    assert empty["click/impressions"] == 0
+    ones = torch.ones(3, 2)
+    one_class = measured((torch.randn(3, 2), ones, ones, torch.tensor([3]))).compute()
+    assert math.isnan(one_class["click/ne"])
+    assert math.isnan(one_class["click/gauc"])
+    assert one_class["click/gauc_skipped"] == 1
+    assert one_class["click/log_loss"] > 0
+
+
+def test_extreme_logits() -> None:
+    logits = torch.tensor([[1e4, 1e4], [-1e4, -math.inf], [-1e4, -1e4], [1e4, math.inf]])
+    labels = torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    values = measured((logits, labels, torch.ones(4, 2), torch.tensor([4]))).compute()
+    assert values["click/log_loss"] == pytest.approx(5000)
+    assert values["click/auc"] == pytest.approx(0.5)
+    assert values["like/log_loss"] == pytest.approx(0)
+    assert values["like/auc"] == 1
+
+
+def test_nan_logit_names_the_task() -> None:
+    logits = torch.tensor([[0.0, math.nan]])
+    with pytest.raises(FloatingPointError, match="task 'like': 1 of 1 logits"):
+        measured((logits, torch.zeros(1, 2), torch.ones(1, 2), torch.tensor([1])))

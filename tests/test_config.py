@@ -1,0 +1,52 @@
+"""Configs are typed: unknown keys, wrong values and contradictions are named, one line each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from roo_ray.config import home, load_config, resolve_path
+from roo_ray.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_configs_are_valid(path: Path) -> None:
+    config = load_config(path)
+    assert config.request_schema.labels
+    assert Path(config.requests).is_absolute()
+
+
+def test_overrides_reach_sections_and_are_validated() -> None:
+    config = load_config(ROOT / "configs/demo.yaml", ["training.epochs=7", "source.requests=10", "run_name=x"])
+    assert (config.training.epochs, config.source.requests, config.run_name) == (7, 10, "x")  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match=r"training\.epoch: unknown key"):
+        load_config(ROOT / "configs/demo.yaml", ["training.epoch=7"])
+    with pytest.raises(ConfigError, match=r"training\.epochs: .*greater than 0"):
+        load_config(ROOT / "configs/demo.yaml", ["training.epochs=0"])
+    with pytest.raises(ConfigError, match="expected key=value"):
+        load_config(ROOT / "configs/demo.yaml", ["epochs"])
+    with pytest.raises(ConfigError, match="dim 32 must be a multiple of heads 5"):
+        load_config(ROOT / "configs/demo.yaml", ["model.heads=5"])
+
+
+def test_more_workers_than_lanes_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"workers 5 is more than ingest\.lanes 4"):
+        load_config(ROOT / "configs/demo.yaml", ["training.workers=5"])
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config file not found: nowhere\.yaml"):
+        load_config("nowhere.yaml")
+    config = tmp_path / "c.yaml"
+    config.write_text("name: x\nschema: missing.yaml\nrequests: r\n")
+    with pytest.raises(ConfigError, match=r"schema file not found: .*missing\.yaml"):
+        load_config(config)
+
+
+def test_relative_paths_are_taken_from_home() -> None:
+    assert resolve_path("a/b") == str(home() / "a/b")
+    assert resolve_path("s3://bucket/a") == "s3://bucket/a"
+    assert resolve_path("/x/y") == "/x/y"
