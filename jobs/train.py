@@ -1,0 +1,48 @@
+"""Trains a request-only model: python jobs/train.py --config configs/X.yaml [key=value ...]
+
+Builds the request data set first where it does not exist yet and the config has a source. The same run_name
+goes on with the same run.
+"""
+
+from __future__ import annotations
+
+import time
+
+from roo_ray.terminal import job_parser, print_table, read_config, run_job
+
+
+def main() -> None:
+    config = read_config(job_parser(__doc__).parse_args())
+
+    from roo_ray import session
+    from roo_ray.requests.manifest import manifest_versions
+    from roo_ray.training.launch import train
+    from roo_ray.training.prepare import prepare
+    from roo_ray.training.progress import make_say
+    from roo_ray.training.summary import quality_rows
+    from roo_ray.training.tracking import where_to_look
+
+    say = make_say()
+    run_name = config.run_name or f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    with session.connect(config.ray, config.training):
+        if not manifest_versions(config.requests) and config.source is not None:
+            say(f"no request data set at {config.requests} yet: building it")
+            prepare(config, run_name, say)
+        result = train(config, run_name, say)
+    print_table(
+        f"Trained '{run_name}'",
+        ["", "held-out"],
+        [
+            *quality_rows(config.request_schema, result.metrics),
+            ["training impressions/s", f"{result.metrics['epoch/impressions_per_second']:,.0f}"],
+            ["training requests/s", f"{result.metrics['epoch/requests_per_second']:,.0f}"],
+            ["share of time waiting for data", f"{result.metrics['epoch/data_wait_share']:.1%}"],
+            ["checkpoint", result.checkpoint],
+            ["MLflow", where_to_look(result.run)],
+        ],
+        f"Next: python jobs/evaluate.py --config FILE --checkpoint {run_name}",
+    )
+
+
+if __name__ == "__main__":
+    run_job(main)

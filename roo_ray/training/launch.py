@@ -1,0 +1,222 @@
+"""The driver's side of training and evaluation: check, open the MLflow run, run the TorchTrainer, report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from roo_ray.config import Config
+from roo_ray.errors import ConfigError, RooError
+from roo_ray.requests.manifest import Manifest, load_manifest, open_filesystem
+from roo_ray.schema import Schema
+from roo_ray.training.checkpoint import read_state
+from roo_ray.training.job import WorkerJob
+from roo_ray.training.prepare import data_metrics
+from roo_ray.training.progress import Say, progress_board
+from roo_ray.training.tracking import RunHandle, RunLogger, open_run
+from roo_ray.training.worker import train_worker
+
+RESULT_FILE = "roo_ray_result.json"
+CHECKPOINT_ARTIFACT_LIMIT = 2_000_000_000  # bytes; a larger checkpoint is named in the run, not copied into it
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """``checkpoint``: path or URI of the last one. ``metrics``: of the last epoch, held-out under ``eval/``."""
+
+    run_name: str
+    checkpoint: str
+    metrics: dict[str, float]
+    run: RunHandle
+    seconds: float
+
+
+def check_schema_fits(schema: Schema, manifest: Manifest, data_set: str) -> None:
+    """Raises ConfigError where the training schema names a column that the data set was not built with."""
+    built = set(manifest.request_schema().columns)
+    missing = [column for column in schema.columns if column not in built]
+    if missing:
+        raise ConfigError(
+            f"the schema names columns that {data_set} does not have: {', '.join(missing)}; "
+            "build the data set again with this schema, or take the columns out of it"
+        )
+
+
+def mean_ids_per_request(schema: Schema, manifest: Manifest) -> dict[str, float]:
+    """Mean ids per request of each lookup feature, from the manifest, for the planner's cost model."""
+    requests = max(manifest.requests, 1)
+    impressions = manifest.impressions / requests
+    tokens = manifest.tokens / requests / max(len(schema.sequences), 1)
+    means: dict[str, float] = {}
+    for feature in schema.features:
+        if feature.kind == "sequence":
+            for column in feature.sequence_ids:
+                means[f"{feature.name}.{column.column}"] = min(tokens, feature.max_length or tokens)
+        elif feature.kind == "ids":
+            means[feature.name] = impressions if feature.level == "impression" else 1.0
+    return means
+
+
+def make_job(config: Config, manifest: Manifest, mode: Any, run: RunHandle, board: Any) -> WorkerJob:
+    """What the workers get."""
+    impressions_per_request = max(manifest.impressions / max(manifest.requests, 1), 1.0)
+    return WorkerJob(
+        mode=mode,
+        config=config,
+        data_version=manifest.version,
+        data_digest=manifest.digest(),
+        ids_per_request=mean_ids_per_request(config.request_schema, manifest),
+        requests_per_step=config.ingest.lanes * config.ingest.batch_impressions / impressions_per_request,
+        run=run,
+        board=board,
+    )
+
+
+@contextmanager
+def readable_failures() -> Iterator[None]:
+    """Turns a failure of the worker group into the one error of ours that caused it, where there is one."""
+    try:
+        yield
+    except ray.train.WorkerGroupError as error:  # type: ignore[attr-defined]
+        raise _cause(list(error.worker_failures.values())) or error from None
+    except ray.exceptions.RayError as error:
+        raise _cause([error]) or error from None
+
+
+def _cause(errors: list[BaseException]) -> RooError | None:
+    seen: list[BaseException] = []
+    queue = list(errors)
+    while queue:
+        error = queue.pop(0)
+        if error in seen:
+            continue
+        seen.append(error)
+        if isinstance(error, RooError):
+            return error
+        linked = (getattr(error, "cause", None), error.__cause__, error.__context__)
+        queue += [item for item in linked if isinstance(item, BaseException)]
+    return None
+
+
+def make_trainer(job: WorkerJob, run_name: str) -> TorchTrainer:
+    """The TorchTrainer of a job."""
+    training = job.config.training
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if training.gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=training.workers,
+            use_gpu=training.gpu,
+            resources_per_worker={"CPU": job.config.ray.cpus_per_worker} | ({"GPU": 1} if training.gpu else {}),
+        ),
+        run_config=RunConfig(
+            name=run_name,
+            storage_path=job.config.storage,
+            failure_config=FailureConfig(max_failures=training.max_failures if job.mode == "train" else 0),
+            checkpoint_config=CheckpointConfig(num_to_keep=training.keep_checkpoints),
+        ),
+    )
+
+
+def train(config: Config, run_name: str, say: Say) -> TrainingResult:
+    """Trains on the newest version of the request data set, or goes on with the run of that name.
+
+    Raises BadInput (data, config, cluster) with one message; the MLflow run is then marked FAILED.
+    """
+    begin = time.perf_counter()
+    manifest = load_manifest(config.requests)
+    check_schema_fits(config.request_schema, manifest, config.requests)
+    run = open_run(config.tracking, "train", run_name, len(ray.nodes()))
+    logger = RunLogger(run)
+    logger.params(config.model_dump(mode="json", exclude={"request_schema"}))
+    logger.tags(
+        {"data_set": config.requests, "data_version": manifest.version, "data_digest": manifest.digest()}
+    )
+    logger.text(config.request_schema.to_yaml(), "schema.yaml")
+    logger.json(manifest.ledger, "ledger.json")
+    logger.metrics({f"data/{name}": value for name, value in data_metrics(manifest).items()})
+    say(
+        f"training '{run_name}': {manifest.requests:,} requests, {manifest.impressions:,} impressions, "
+        f"{config.training.workers} workers, {config.ingest.lanes} lanes"
+    )
+    succeeded = False
+    try:
+        with progress_board(say) as board, readable_failures():
+            result = make_trainer(make_job(config, manifest, "train", run, board), run_name).fit()
+        if result.checkpoint is None or result.metrics is None:
+            raise ConfigError(f"run '{run_name}' trained nothing: it has no checkpoint and no epochs left")
+        save_result(config, run_name, result.checkpoint.path, result.metrics, run)
+        with result.checkpoint.as_directory() as folder:
+            size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+            if size <= CHECKPOINT_ARTIFACT_LIMIT:
+                logger.folder(folder, "checkpoint")
+        logger.tags({"checkpoint": result.checkpoint.path})
+        succeeded = True
+    finally:
+        logger.end(succeeded)
+    seconds = time.perf_counter() - begin
+    return TrainingResult(run_name, result.checkpoint.path, result.metrics, run, seconds)
+
+
+def save_result(
+    config: Config, run_name: str, checkpoint: str, metrics: dict[str, float], run: RunHandle
+) -> None:
+    """Writes what a run ended with beside its checkpoints, for ``find_checkpoint``."""
+    filesystem, base = open_filesystem(config.storage)
+    content = {"checkpoint": checkpoint, "metrics": metrics, "mlflow_run_id": run.run_id}
+    with filesystem.open_output_stream(f"{base}/{run_name}/{RESULT_FILE}") as stream:
+        stream.write(json.dumps(content, indent=1).encode())
+
+
+def find_checkpoint(config: Config, named: str) -> str:
+    """A checkpoint's path: ``named`` is a run's name (its last checkpoint) or the path or URI of a checkpoint.
+
+    Raises ConfigError where there is neither.
+    """
+    filesystem, base = open_filesystem(config.storage)
+    result_path = f"{base}/{named}/{RESULT_FILE}"
+    if "://" not in named and filesystem.get_file_info(result_path).is_file:
+        with filesystem.open_input_stream(result_path) as stream:
+            return str(json.loads(stream.read())["checkpoint"])
+    filesystem, path = open_filesystem(named)
+    if not filesystem.get_file_info(f"{path}/.metadata").is_file:
+        raise ConfigError(
+            f"'{named}' is neither a finished run in {config.storage} nor a checkpoint folder (with .metadata)"
+        )
+    return named if "://" in named else path
+
+
+def evaluate(config: Config, checkpoint: str, run_name: str, say: Say) -> TrainingResult:
+    """Scores a checkpoint on the held-out side of the data set, with the model and schema in the checkpoint."""
+    begin = time.perf_counter()
+    manifest = load_manifest(config.requests)
+    with ray.train.Checkpoint(checkpoint).as_directory() as folder:
+        state = read_state(folder)
+    config = config.model_copy(update={"model": state.model, "request_schema": state.request_schema()})
+    check_schema_fits(config.request_schema, manifest, config.requests)
+    run = open_run(config.tracking, "evaluate", run_name, len(ray.nodes()))
+    logger = RunLogger(run)
+    logger.params(config.model_dump(mode="json", exclude={"request_schema"}))
+    logger.tags({"checkpoint": checkpoint, "data_set": config.requests, "data_version": manifest.version})
+    say(f"evaluating {checkpoint}")
+    succeeded = False
+    try:
+        with progress_board(say) as board, readable_failures():
+            job = make_job(config, manifest, "evaluate", run, board)
+            metrics = make_trainer(replace(job, checkpoint=checkpoint), run_name).fit().metrics or {}
+        logger.metrics(metrics)
+        succeeded = True
+    finally:
+        logger.end(succeeded)
+    return TrainingResult(run_name, checkpoint, metrics, run, time.perf_counter() - begin)

@@ -1,0 +1,56 @@
+"""Impression logs to a published request data set, tracked: generate (synthetic), build, log the ledger."""
+
+from __future__ import annotations
+
+import time
+
+import ray
+
+from roo_ray.config import Config, SyntheticSource
+from roo_ray.errors import ConfigError
+from roo_ray.requests.join import build_requests
+from roo_ray.requests.ledger import ledger_metrics
+from roo_ray.requests.manifest import Manifest
+from roo_ray.sources.synthetic import generate
+from roo_ray.training.progress import Say
+from roo_ray.training.tracking import RunHandle, RunLogger, open_run
+
+
+def prepare(config: Config, run_name: str, say: Say) -> tuple[Manifest, RunHandle]:
+    """Builds the config's request data set from its source, in an MLflow run of its own.
+
+    Raises ConfigError where the config has no source, and BadInput where the data breaks a rule; nothing is
+    published then.
+    """
+    if config.source is None:
+        raise ConfigError("the config has no 'source' section: there is nothing to build requests from")
+    begin = time.perf_counter()
+    run = open_run(config.tracking, "build", run_name, len(ray.nodes()))
+    logger = RunLogger(run)
+    logger.params(config.model_dump(mode="json", include={"name", "source", "requests", "build"}))
+    logger.text(config.request_schema.to_yaml(), "schema.yaml")
+    succeeded = False
+    try:
+        if isinstance(config.source, SyntheticSource):
+            summary = generate(config.source, say)
+            logger.json(summary.model_dump(mode="json"), "synthetic.json")
+        manifest = build_requests(config, say)
+        logger.json(manifest.ledger, "ledger.json")
+        logger.json(manifest.counts, "counts.json")
+        logger.metrics({f"data/{name}": value for name, value in data_metrics(manifest).items()})
+        logger.metrics({"build/seconds": time.perf_counter() - begin})
+        logger.tags({"data_set": config.requests, "data_version": manifest.version})
+        succeeded = True
+    finally:
+        logger.end(succeeded)
+    return manifest, run
+
+
+def data_metrics(manifest: Manifest) -> dict[str, float]:
+    """Counts and dedup ratios of a data set, as metrics."""
+    counts = {
+        "requests": manifest.requests,
+        "impressions": manifest.impressions,
+        "history_tokens": manifest.tokens,
+    }
+    return {name: float(value) for name, value in counts.items()} | ledger_metrics(manifest.ledger)

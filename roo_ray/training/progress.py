@@ -1,0 +1,69 @@
+"""Progress lines from workers to the terminal of the job, whatever node the workers run on."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+Say = Callable[[str], None]
+
+
+def make_say(stream: Any = None) -> Say:
+    """A printer of progress lines, each with the seconds since the job began."""
+    begin = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"[{time.monotonic() - begin:6.1f}s] {line}", file=stream or sys.stdout, flush=True)
+
+    return say
+
+
+@ray.remote(num_cpus=0)
+class ProgressBoard:
+    """Holds lines until the driver fetches them."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def post(self, line: str) -> None:
+        """Adds a line."""
+        self._lines.append(line)
+
+    def drain(self) -> list[str]:
+        """The lines since the last call."""
+        lines, self._lines = self._lines, []
+        return lines
+
+
+@contextmanager
+def progress_board(say: Say, every_seconds: float = 0.5) -> Iterator[Any]:
+    """A board whose lines are printed by ``say`` while the block runs; yields the actor handle for workers."""
+    board = ProgressBoard.remote()  # type: ignore[attr-defined]
+    done = threading.Event()
+
+    def print_new_lines() -> None:
+        try:
+            for line in ray.get(board.drain.remote(), timeout=10):
+                say(line)
+        except ray.exceptions.RayError:
+            pass  # the lines are lost with the actor's node; the job itself goes on
+
+    def watch() -> None:
+        while not done.wait(every_seconds):
+            print_new_lines()
+
+    thread = threading.Thread(target=watch, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield board
+    finally:
+        done.set()
+        thread.join()
+        print_new_lines()
+        ray.kill(board)

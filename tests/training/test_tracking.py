@@ -1,0 +1,76 @@
+"""Tracking writes one MLflow run per job and name, logs no step twice, and refuses SQLite on several nodes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from roo_ray.config import Tracking
+from roo_ray.errors import ClusterError, ConfigError
+from roo_ray.training.tracking import RunHandle, RunLogger, open_run, tracking_uri, where_to_look
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Tracking:
+    return Tracking(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="tests")
+
+
+def test_run_is_written_and_reopened_by_name(store: Tracking, tmp_path: Path) -> None:
+    first = open_run(store, "train", "a", nodes=1)
+    logger = RunLogger(first)
+    logger.params({"model": {"dim": 32}, "name": "x"})
+    logger.metrics({"train/loss": 0.5, "train/nan": math.nan, "train/none": None}, step=1)
+    logger.metrics({"train/loss": 0.4}, step=2)
+    logger.end(False)
+
+    again = open_run(store, "train", "a", nodes=1)
+    assert again == first
+    assert open_run(store, "evaluate", "a", nodes=1).run_id != first.run_id
+    resumed = RunLogger(again)
+    resumed.params({"name": "y"})
+    for step in (1, 2, 3):  # 1 and 2 are replayed after a restart
+        resumed.metrics({"train/loss": 0.1 * step}, step=step)
+    resumed.end(True)
+
+    client = MlflowClient(store.uri)
+    run = client.get_run(first.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"model.dim": "32", "name": "x"}
+    assert set(run.data.metrics) == {"train/loss"}
+    points = {p.step: p.value for p in client.get_metric_history(first.run_id, "train/loss")}
+    assert points == pytest.approx({1: 0.5, 2: 0.4, 3: 0.3})
+    assert len(client.get_metric_history(first.run_id, "train/loss")) == 3
+    assert first.run_id in where_to_look(first)
+
+
+def test_artifacts(store: Tracking) -> None:
+    handle = open_run(store, "train", "b", nodes=1)
+    RunLogger(handle).text("name: x\n", "schema.yaml")
+    RunLogger(handle).json({"a": 1}, "ledger.json")
+    names = {item.path for item in MlflowClient(store.uri).list_artifacts(handle.run_id)}
+    assert names == {"schema.yaml", "ledger.json"}
+
+
+def test_tracking_off_does_nothing() -> None:
+    handle = open_run(Tracking(enabled=False), "train", "x", nodes=5)
+    assert handle == RunHandle(None)
+    logger = RunLogger(handle)
+    logger.params({"a": 1})
+    logger.metrics({"b": 1.0})
+    logger.end(True)
+
+
+def test_sqlite_on_several_nodes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ClusterError, match=r"3 nodes and the MLflow store is an SQLite file.*start a server"):
+        tracking_uri(Tracking(), nodes=3)
+    assert tracking_uri(Tracking(), nodes=1).startswith("sqlite:////")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert tracking_uri(Tracking(), nodes=3) == "http://127.0.0.1:5000"
+
+
+def test_unreachable_store_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere"):
+        open_run(Tracking(uri="nowhere://x"), "train", "a", nodes=1)
