@@ -10,9 +10,8 @@ from roo_ray.terminal import job_parser, print_table, read_config, run_job
 def main() -> None:
     config = read_config(job_parser(__doc__).parse_args())
 
-    from roo_ray.requests.ledger import ledger_table
-
     from roo_ray import session
+    from roo_ray.requests.ledger import ledger_table
     from roo_ray.training.prepare import prepare
     from roo_ray.training.progress import make_say
     from roo_ray.training.tracking import where_to_look

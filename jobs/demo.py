@@ -28,9 +28,8 @@ def main() -> None:
         raise ConfigError("the demo needs a synthetic source; use jobs/train.py for your own data")
     start_afresh(config.source.path, config.requests)
 
-    from roo_ray.requests.ledger import ledger_table
-
     from roo_ray import session
+    from roo_ray.requests.ledger import ledger_table
     from roo_ray.training.launch import evaluate, train
     from roo_ray.training.prepare import prepare
     from roo_ray.training.progress import make_say

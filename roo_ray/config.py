@@ -31,12 +31,8 @@ def resolve_path(path: str) -> str:
     return str(home() / Path(path).expanduser())
 
 
-DataPath = Annotated[
-    str, BeforeValidator(lambda value: resolve_path(value) if isinstance(value, str) else value)
-]
-DataPaths = Annotated[
-    list[DataPath], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
-]
+DataPath = Annotated[str, BeforeValidator(lambda value: resolve_path(value) if isinstance(value, str) else value)]
+DataPaths = Annotated[list[DataPath], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
 
 class SyntheticSource(Strict):

@@ -64,9 +64,7 @@ def connect(settings: RaySettings, training: Training | None = None) -> Iterator
         try:
             ray.init(address=address, **options)
         except ConnectionError as error:
-            raise ClusterError(
-                f"no Ray cluster at '{address}' ({error}); start one or unset RAY_ADDRESS"
-            ) from None
+            raise ClusterError(f"no Ray cluster at '{address}' ({error}); start one or unset RAY_ADDRESS") from None
     else:
         wanted = int(workers * settings.cpus_per_worker + max(settings.data_cpus, 2))
         ray.init(
@@ -78,9 +76,7 @@ def connect(settings: RaySettings, training: Training | None = None) -> Iterator
         )
     quiet_data_context()
     try:
-        require_resources(
-            workers, settings.cpus_per_worker, settings.data_cpus, bool(training and training.gpu)
-        )
+        require_resources(workers, settings.cpus_per_worker, settings.data_cpus, bool(training and training.gpu))
         yield
     finally:
         ray.shutdown()

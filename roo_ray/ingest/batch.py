@@ -20,9 +20,7 @@ def segment_positions(lengths: Tensor) -> Tensor:
     """Position of each value within its segment: lengths (B,) int64 -> (sum(lengths),) int64."""
     starts = lengths.cumsum(0) - lengths  # (B,)
     total = int(lengths.sum())
-    return torch.arange(total, device=lengths.device) - torch.repeat_interleave(
-        starts, lengths, output_size=total
-    )
+    return torch.arange(total, device=lengths.device) - torch.repeat_interleave(starts, lengths, output_size=total)
 
 
 @dataclass(frozen=True)

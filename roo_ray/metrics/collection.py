@@ -86,6 +86,4 @@ class RankingMetrics:
             "gauc_requests": self.grouped[gauc.REQUESTS],
             "gauc_skipped": self.grouped[gauc.SKIPPED],
         }
-        return {
-            f"{task}/{name}": float(v[k]) for k, task in enumerate(self.tasks) for name, v in values.items()
-        }
+        return {f"{task}/{name}": float(v[k]) for k, task in enumerate(self.tasks) for name, v in values.items()}

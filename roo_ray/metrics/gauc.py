@@ -41,9 +41,7 @@ def _task_state(logits: Tensor, labels: Tensor, known: Tensor, num_impressions: 
     order = order[torch.argsort(request[order], stable=True)]
     request, scores, positive = request[order], scores[order], positive[order]
 
-    count = torch.zeros(requests, dtype=torch.float64, device=device).index_add_(
-        0, request, torch.ones_like(positive)
-    )
+    count = torch.zeros(requests, dtype=torch.float64, device=device).index_add_(0, request, torch.ones_like(positive))
     positives = torch.zeros_like(count).index_add_(0, request, positive)
     first = count.cumsum(0) - count  # (B_RO,) rank before each request
     # ties: a run of equal (request, score) shares the mean of its ranks

@@ -1,1 +1,1 @@
-""""""
+"""Impressions to request rows: grouping, checks, shards, manifest, ledger. Knows no torch."""

@@ -58,9 +58,7 @@ def hash_array(array: pa.Array | pa.ChunkedArray) -> Hashes:
     elif pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_temporal(kind):
         hashes = _integer_hashes(array)
     else:
-        raise DataError(
-            f"values of type {kind} cannot be used as ids or keys; use integers, strings or timestamps"
-        )
+        raise DataError(f"values of type {kind} cannot be used as ids or keys; use integers, strings or timestamps")
     if array.null_count:
         hashes = np.where(np.asarray(pc.is_null(array)), NULL_HASH, hashes)
     return hashes

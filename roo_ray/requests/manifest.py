@@ -12,12 +12,12 @@ import json
 import os
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.fs as pafs
 from pydantic import Field, ValidationError
 
 from roo_ray.errors import DataError
 from roo_ray.schema import Schema, Strict, parse_schema, readable_errors
+from roo_ray.storage import open_filesystem
 
 MANIFESTS = "_manifests"
 FORMAT = 1
@@ -87,25 +87,12 @@ class Manifest(Strict):
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
 
-def open_filesystem(path: str) -> tuple[pafs.FileSystem, str]:
-    """(file system, path in it) of a local path or URI. Raises DataError for an unknown scheme."""
-    if "://" not in path:
-        return pafs.LocalFileSystem(), os.path.abspath(path)
-    try:
-        filesystem, inner = pafs.FileSystem.from_uri(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"cannot open {path}: {error}; use a local path, s3://..., or gs://...") from None
-    return filesystem, inner
-
-
 def manifest_versions(data_set: str) -> list[int]:
     """The published versions of a data set, oldest first; empty where there is none."""
     filesystem, base = open_filesystem(data_set)
     listing = filesystem.get_file_info(pafs.FileSelector(f"{base}/{MANIFESTS}", allow_not_found=True))
     names = [os.path.basename(info.path) for info in listing if info.type == pafs.FileType.File]
-    return sorted(
-        int(n[1:-5]) for n in names if n.startswith("v") and n.endswith(".json") and n[1:-5].isdigit()
-    )
+    return sorted(int(n[1:-5]) for n in names if n.startswith("v") and n.endswith(".json") and n[1:-5].isdigit())
 
 
 def publish_manifest(data_set: str, manifest: Manifest) -> None:

@@ -1,1 +1,1 @@
-""""""
+"""Training and evaluation on Ray Train: launch, worker loop, sharding, checkpoints, MLflow."""

@@ -9,6 +9,7 @@ an unpickler that knows torch's metadata classes and nothing else.
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -105,9 +106,7 @@ class SafeReader(FileSystemReader):
             raise DataError(f"{folder}/.metadata is damaged: {error}") from None
         if not isinstance(metadata, Metadata):
             raise DataError(f"{folder}/.metadata is not a checkpoint's metadata")
-        code = [
-            key for key, item in metadata.state_dict_metadata.items() if isinstance(item, BytesStorageMetadata)
-        ]
+        code = [key for key, item in metadata.state_dict_metadata.items() if isinstance(item, BytesStorageMetadata)]
         if code:
             raise DataError(f"{folder} stores objects other than tensors ({code[0]}); it is not loaded")
         files = {info.relative_path for info in (metadata.storage_data or {}).values()}
@@ -160,3 +159,8 @@ def load(folder: str | Path, model: ShardedModel) -> RunState:
     model.module.load_state_dict(tensors["model"])
     model.optimizer.load_state_dict({"state": tensors["optimizer"]})
     return state
+
+
+def finite(metrics: dict[str, float]) -> dict[str, float | None]:
+    """The metrics with None for what JSON cannot hold (NaN, infinities)."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}

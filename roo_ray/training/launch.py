@@ -17,8 +17,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from roo_ray.config import Config
 from roo_ray.errors import ConfigError, RooError
-from roo_ray.requests.manifest import Manifest, load_manifest, open_filesystem
+from roo_ray.requests.manifest import Manifest, load_manifest
 from roo_ray.schema import Schema
+from roo_ray.storage import open_filesystem
 from roo_ray.training.checkpoint import read_state
 from roo_ray.training.job import WorkerJob
 from roo_ray.training.prepare import data_metrics
@@ -140,9 +141,7 @@ def train(config: Config, run_name: str, say: Say) -> TrainingResult:
     run = open_run(config.tracking, "train", run_name, len(ray.nodes()))
     logger = RunLogger(run)
     logger.params(config.model_dump(mode="json", exclude={"request_schema"}))
-    logger.tags(
-        {"data_set": config.requests, "data_version": manifest.version, "data_digest": manifest.digest()}
-    )
+    logger.tags({"data_set": config.requests, "data_version": manifest.version, "data_digest": manifest.digest()})
     logger.text(config.request_schema.to_yaml(), "schema.yaml")
     logger.json(manifest.ledger, "ledger.json")
     logger.metrics({f"data/{name}": value for name, value in data_metrics(manifest).items()})
@@ -169,9 +168,7 @@ def train(config: Config, run_name: str, say: Say) -> TrainingResult:
     return TrainingResult(run_name, result.checkpoint.path, result.metrics, run, seconds)
 
 
-def save_result(
-    config: Config, run_name: str, checkpoint: str, metrics: dict[str, float], run: RunHandle
-) -> None:
+def save_result(config: Config, run_name: str, checkpoint: str, metrics: dict[str, float], run: RunHandle) -> None:
     """Writes what a run ended with beside its checkpoints, for ``find_checkpoint``."""
     filesystem, base = open_filesystem(config.storage)
     content = {"checkpoint": checkpoint, "metrics": metrics, "mlflow_run_id": run.run_id}

@@ -118,9 +118,7 @@ def shard(
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
     )
     initialise_tables(module, settings.seed)
-    dense = {
-        name: p for name, p in module.named_parameters() if p.requires_grad and not _is_fused(module, name)
-    }
+    dense = {name: p for name, p in module.named_parameters() if p.requires_grad and not _is_fused(module, name)}
     dense_optimizer = KeyedOptimizerWrapper(
         dense, lambda parameters: torch.optim.Adam(parameters, lr=settings.dense_lr, fused=True)
     )

@@ -138,9 +138,7 @@ class RunLogger:
         for entry in entries:
             self._last_step[entry.key] = step
         if entries:
-            self._pending.append(
-                self._client.log_batch(self._handle.run_id, metrics=entries, synchronous=False)
-            )
+            self._pending.append(self._client.log_batch(self._handle.run_id, metrics=entries, synchronous=False))
 
     def _logged_until(self, name: str) -> int:
         if name not in self._last_step:
@@ -181,7 +179,5 @@ def where_to_look(handle: RunHandle) -> str:
     if handle.uri is None:
         return "tracking is off"
     if handle.uri.startswith("sqlite:"):
-        return (
-            f"run {handle.run_id} in {handle.uri} (make mlflow, or mlflow ui --backend-store-uri {handle.uri})"
-        )
+        return f"run {handle.run_id} in {handle.uri} (make mlflow, or mlflow ui --backend-store-uri {handle.uri})"
     return f"{handle.uri}/#/experiments/{handle.experiment_id}/runs/{handle.run_id}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import ray.train
 import torch
@@ -80,14 +81,21 @@ class Worker:
                 return
             yield step, Agreement(agreed[:-1].float(), int(agreed[-1]))
 
-    def stream(self, side: str) -> RankStream:
-        """This rank's batches: ``train`` shuffled over the remaining epochs, ``evaluation`` in stored order."""
+    def stream(self, side: Literal["train", "evaluation"]) -> RankStream:
+        """This rank's batches: ``train`` shuffled over the remaining epochs, ``evaluation`` in stored order.
+
+        The evaluation between epochs reads in a thread: a second Ray Data pipeline would take the CPUs of the
+        training pipeline, which is reading the next epoch ahead, and cost its start-up each time.
+        """
         training = side == "train"
+        ingest = self.config.ingest
+        if not training and self.job.mode == "train":
+            ingest = ingest.model_copy(update={"reader": "thread"})
         settings = StreamSettings(
             data_set=self.config.requests,
             version=self.job.data_version,
             schema=self.schema,
-            ingest=self.config.ingest,
+            ingest=ingest,
             holdout=self.config.holdout,
             side=side,
             seed=self.config.training.seed,
@@ -108,9 +116,7 @@ class Worker:
                 logits = self.model.module(batch)
                 metrics.update(logits, batch.labels, batch.weights, batch.num_impressions)
                 known = torch.where(batch.oracle.isnan(), torch.zeros_like(batch.weights), batch.weights)
-                oracle.update(
-                    torch.logit(batch.oracle.nan_to_num(0.5)), batch.labels, known, batch.num_impressions
-                )
+                oracle.update(torch.logit(batch.oracle.nan_to_num(0.5)), batch.labels, known, batch.num_impressions)
                 throughput.add(step.requests, step.impressions, step.wait_seconds)
         self.model.module.train()
         values = {f"eval/{name}": value for name, value in metrics.merge().compute().items()}
@@ -134,9 +140,7 @@ class Worker:
             logits = self.model.module(batch)  # (B_NRO, K)
             # progressive validation: the batch is scored before it is trained on
             window.update(logits.detach(), batch.labels, batch.weights, batch.num_impressions)
-            loss = ranking_loss(
-                logits, batch.labels, batch.weights, self.task_weights, agreement.weights, self.world
-            )
+            loss = ranking_loss(logits, batch.labels, batch.weights, self.task_weights, agreement.weights, self.world)
             self.model.optimizer.zero_grad()
             loss.backward()
             self.model.optimizer.step()
@@ -147,6 +151,8 @@ class Worker:
             if self.steps_done % self.config.training.log_every == 0:
                 self.log_window(epoch, losses, window, window_throughput)
                 window, losses, window_throughput = RankingMetrics(tasks), [], Throughput()
+        if losses:
+            self.log_window(epoch, losses, window, window_throughput)
         return epoch_throughput.over_ranks(self.device, "epoch")
 
     def log_window(

@@ -55,9 +55,7 @@ def lane_batches(step: int) -> list[RequestBatch]:
     return lanes if step == 0 else lanes[:5]
 
 
-def train_steps(
-    model: ShardedModel, rank: int, world: int, steps: range, *, explode: bool = False
-) -> list[float]:
+def train_steps(model: ShardedModel, rank: int, world: int, steps: range, *, explode: bool = False) -> list[float]:
     """Trains on the rank's lanes of each step's global batch; the losses of the global batches."""
     losses = []
     task_weights = torch.tensor([label.weight for label in schema().labels])

@@ -69,9 +69,7 @@ def test_loads_exactly_on_any_world_size_and_continues_the_curve(
 
 
 @pytest.mark.parametrize("lost", ["__1_0.distcp", ".metadata", "state.json"])
-def test_incomplete_checkpoint_is_refused(
-    lost: str, saved: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
+def test_incomplete_checkpoint_is_refused(lost: str, saved: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(saved[0], copy)
     (copy / lost).unlink()

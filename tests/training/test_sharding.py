@@ -26,9 +26,7 @@ def one_rank() -> dict[str, Any]:
 def assert_same_run(run: dict[str, Any], reference: dict[str, Any]) -> None:
     for name, value in reference["start"].items():
         torch.testing.assert_close(run["start"][name], value, rtol=0, atol=0, msg=f"initial {name}")
-    torch.testing.assert_close(
-        torch.tensor(run["losses"]), torch.tensor(reference["losses"]), rtol=2e-5, atol=1e-6
-    )
+    torch.testing.assert_close(torch.tensor(run["losses"]), torch.tensor(reference["losses"]), rtol=2e-5, atol=1e-6)
     for name, value in reference["end"].items():
         # Adam divides by the root of tiny second moments: rounding is magnified up to the learning rate
         torch.testing.assert_close(run["end"][name], value, rtol=1e-3, atol=2e-4, msg=f"trained {name}")

@@ -1,0 +1,52 @@
+"""Arrow's list columns as lengths and values, the form that vectorised code works on."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Any of Arrow's list types."""
+    return bool(
+        pa.types.is_list(kind)
+        or pa.types.is_large_list(kind)
+        or pa.types.is_fixed_size_list(kind)
+        or pa.types.is_list_view(kind)
+        or pa.types.is_large_list_view(kind)
+    )
+
+
+def as_array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """A column as one array."""
+    if isinstance(column, pa.Array):
+        return column
+    if column.num_chunks == 1:
+        return column.chunk(0)
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+
+
+def list_parts(array: pa.Array) -> tuple[npt.NDArray[np.int64], pa.Array]:
+    """(lengths (N,) int64, values (sum(lengths),)) of a list array; a null list has length 0."""
+    lengths = np.asarray(pc.fill_null(pc.list_value_length(array), 0)).astype(np.int64)
+    return lengths, array.flatten()
+
+
+def offsets_of(lengths: npt.NDArray[np.int64]) -> pa.Array:
+    """(N + 1,) int32 list offsets of lengths (N,)."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return pa.array(offsets).cast(pa.int32())
+
+
+def starts_of(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """(N,) the position of each list's first value."""
+    return np.cumsum(lengths) - lengths
+
+
+def value_positions(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """(sum(lengths),) positions start, start + 1, ... of each list, one list after the other."""
+    within = np.arange(int(lengths.sum()), dtype=np.int64) - np.repeat(starts_of(lengths), lengths)
+    return np.repeat(starts, lengths) + within

@@ -1,0 +1,244 @@
+"""HSTU's pointwise attention over jagged sequences (arXiv 2402.17152, equation 2), causal, with relative bias:
+
+    out_i = sum over j <= i of SiLU(q_i . k_j + position[i - j] + time[bucket(t_i - t_j)]) v_j / N
+
+N is the configured maximum length, not the batch's longest, so that a sequence's output does not depend on the
+batch around it. ``attention`` is the entry; ``padded_attention`` is the reference and runs everywhere;
+``bucketed_attention`` is the same on CPU without padding every sequence to the longest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+TIME_BUCKETS = 64  # half octaves: up to 2**32 seconds
+
+SCORES_PER_BUCKET = 1 << 17
+
+
+def time_buckets(seconds: Tensor) -> Tensor:
+    """Logarithmic buckets, two per octave: float32 seconds (below 1 counts as 1) -> int32 in [0, TIME_BUCKETS).
+
+    The exponent and the first bit of the mantissa of a float32 are its logarithm in half octaves.
+    """
+    half_octaves = (seconds.clamp(min=1.0).view(torch.int32) >> 22) - (127 << 1)
+    return half_octaves.clamp_(max=TIME_BUCKETS - 1)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Sequences padded to one length: R rows of L slots.
+
+    ``tokens`` (T_b,) int64: the tokens of these sequences; ``slots`` (T_b,) int64: their places in the R * L
+    slots; ``gaps`` (R, L, L) uint8: bucket of the time between query and key, None without times.
+    """
+
+    rows: int
+    length: int
+    tokens: Tensor
+    slots: Tensor
+    gaps: Tensor | None
+
+    def pad(self, values: Tensor) -> Tensor:
+        """(T, C) of all tokens -> (R * L, C), 0 where there is no token."""
+        padded = values.new_zeros(self.rows * self.length, values.shape[1])
+        return padded.index_copy_(0, self.slots, values.index_select(0, self.tokens))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the tokens of a batch's sequences lie in buckets; made once per batch, used by every layer."""
+
+    total: int
+    buckets: tuple[Bucket, ...]
+
+
+def layout(lengths: Tensor, ages: Tensor | None, max_buckets: int | None = None) -> Layout:
+    """Sorts sequences by length into at most ``max_buckets`` buckets of about equal attention cost.
+
+    lengths (B,) int64; ages (T,) float32 seconds from event to request, or None. Empty sequences are in no
+    bucket. Default for ``max_buckets``: what pays on the device.
+    """
+    if max_buckets is None:
+        max_buckets = default_buckets(lengths)
+    order = torch.argsort(lengths, descending=True, stable=True)  # (B,)
+    ordered = lengths[order]
+    starts = (lengths.cumsum(0) - lengths)[order]  # (B,) first token of each sequence
+    buckets = []
+    for first, last in _splits(ordered, max_buckets):
+        length = int(ordered[first])
+        kept = ordered[first:last]  # (R,)
+        column = torch.arange(length, device=lengths.device)
+        slots = (column < kept.unsqueeze(1)).flatten().nonzero().squeeze(1)  # (T_b,)
+        tokens = (starts[first:last].unsqueeze(1) + column).flatten().index_select(0, slots)  # (T_b,)
+        bucket = Bucket(last - first, length, tokens, slots, None)
+        if ages is not None:
+            age = bucket.pad(ages.unsqueeze(1)).view(bucket.rows, length)  # (R, L)
+            gaps = time_buckets(age.unsqueeze(1) - age.unsqueeze(2)).to(torch.uint8)  # (R, query, key)
+            bucket = Bucket(bucket.rows, length, tokens, slots, gaps)
+        buckets.append(bucket)
+    return Layout(int(lengths.sum()), tuple(buckets))
+
+
+def default_buckets(lengths: Tensor) -> int:
+    """Length buckets that pay on the device of ``lengths``: on CPU 8, and more where a bucket's scores would
+    outgrow the cache; one on a GPU, where padding is cheaper than launches."""
+    if lengths.device.type != "cpu":
+        return 1
+    return max(8, int(lengths.square().sum()) // SCORES_PER_BUCKET)
+
+
+def _splits(descending: Tensor, max_buckets: int) -> list[tuple[int, int]]:
+    """Row ranges of the buckets, for lengths in descending order, without the empty sequences."""
+    count = int((descending > 0).sum())
+    if count == 0:
+        return []
+    cost = descending[:count].double().square().cumsum(0)
+    targets = cost[-1] * torch.arange(1, max_buckets, device=cost.device) / max_buckets
+    cuts = torch.searchsorted(cost, targets).tolist()
+    edges = sorted({0, count, *(cut for cut in cuts if cut < count)})
+    return list(pairwise(edges))
+
+
+def position_bias(weights: Tensor, length: int) -> Tensor:
+    """(P,) by distance -> (L, L) by (query, key); distances from P - 1 on take the last weight."""
+    place = torch.arange(length, device=weights.device)
+    return weights[_distances(place, weights.shape[0])]
+
+
+def _distances(place: Tensor, count: int) -> Tensor:
+    return (place.unsqueeze(1) - place).clamp_(0, count - 1)  # (L, L)
+
+
+def padded_attention(
+    qkv: Tensor, layout: Layout, heads: int, normaliser: int, position: Tensor, time: Tensor | None
+) -> Tensor:
+    """The reference, by autograd: arguments and result as ``attention``."""
+    width = qkv.shape[1] // 3
+    if not layout.buckets:  # no events, yet every parameter must take part
+        return qkv[:, :width] + position.sum() + (0.0 if time is None else time.sum())
+    out = qkv.new_zeros(qkv.shape[0], width)
+    for bucket in layout.buckets:
+        rows, length = bucket.rows, bucket.length
+        q, k, v = bucket.pad(qkv).view(rows, length, 3, heads, -1).permute(2, 0, 3, 1, 4)  # (R, H, L, d) each
+        bias = position_bias(position, length)  # (L, L)
+        if time is not None and bucket.gaps is not None:
+            bias = bias + time[bucket.gaps.long()]  # (R, L, L)
+            bias = bias.unsqueeze(1)
+        scores = functional.silu(q @ k.transpose(2, 3) + bias).tril()  # (R, H, L, L)
+        mixed = (scores @ v).transpose(1, 2).reshape(rows * length, width) / normaliser
+        out = out.index_copy(0, bucket.tokens, mixed.index_select(0, bucket.slots))
+    return out
+
+
+class _BucketedAttention(torch.autograd.Function):
+    """Recomputes the scores in backward: what it keeps is linear in the number of tokens."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        position: Tensor,
+        time: Tensor | None,
+        layout: Layout,
+        heads: int,
+        normaliser: int,
+    ) -> Tensor:
+        ctx.save_for_backward(qkv, position, time)
+        ctx.layout, ctx.heads, ctx.normaliser = layout, heads, normaliser
+        out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
+        for bucket in layout.buckets:
+            q, k, v = _heads(bucket.pad(qkv), bucket, heads)
+            scores = functional.silu(_scores(q, k, bucket, position, time), inplace=True).tril_()
+            mixed = torch.bmm(scores, v).div_(normaliser)  # (R * H, L, d)
+            _unpad(out, mixed.view(1, bucket.rows, heads, bucket.length, -1), bucket)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        qkv, position, time = ctx.saved_tensors
+        grad_qkv = torch.empty_like(qkv)
+        grad_position = torch.zeros_like(position)
+        grad_time = None if time is None else torch.zeros_like(time)
+        for bucket in ctx.layout.buckets:
+            rows, length = bucket.rows, bucket.length
+            q, k, v = _heads(bucket.pad(qkv), bucket, ctx.heads)
+            (grad_mixed,) = _heads(bucket.pad(grad_out).div_(ctx.normaliser), bucket, ctx.heads, 1)
+            raw = _scores(q, k, bucket, position, time)  # (R * H, L, L)
+            scores = functional.silu(raw).tril_()
+            grads = torch.empty(3, *q.shape, dtype=q.dtype, device=q.device)
+            torch.bmm(scores.transpose(1, 2), grad_mixed, out=grads[2])
+            grad_scores = torch.bmm(grad_mixed, v.transpose(1, 2)).tril_()
+            grad_raw = torch.ops.aten.silu_backward(grad_scores, raw)  # 0 above the diagonal and at padding
+            torch.bmm(grad_raw, k, out=grads[0])
+            torch.bmm(grad_raw.transpose(1, 2), q, out=grads[1])
+            _unpad(grad_qkv, grads.view(3, rows, ctx.heads, length, -1), bucket)
+            grad_bias = grad_raw.view(rows, ctx.heads, length, length).sum(1)  # (R, L, L)
+            place = torch.arange(length, device=qkv.device)
+            grad_position += _binned(grad_bias.sum(0), _distances(place, position.shape[0]), position)
+            if grad_time is not None and bucket.gaps is not None:
+                grad_time += _binned(grad_bias, bucket.gaps, grad_time)
+        return grad_qkv, grad_position, grad_time, None, None, None
+
+
+def _heads(padded: Tensor, bucket: Bucket, heads: int, parts: int = 3) -> Tensor:
+    """(R * L, parts * H * d) -> (parts, R * H, L, d), contiguous."""
+    split = padded.view(bucket.rows, bucket.length, parts, heads, -1).permute(2, 0, 3, 1, 4)
+    return split.reshape(parts, bucket.rows * heads, bucket.length, -1)
+
+
+def _unpad(out: Tensor, values: Tensor, bucket: Bucket) -> None:
+    """Writes values (parts, R, H, L, d) to the bucket's tokens in out (T, parts * H * d)."""
+    flat = values.permute(1, 3, 0, 2, 4).reshape(bucket.rows * bucket.length, -1)
+    out.index_copy_(0, bucket.tokens, flat.index_select(0, bucket.slots))
+
+
+def _scores(q: Tensor, k: Tensor, bucket: Bucket, position: Tensor, time: Tensor | None) -> Tensor:
+    """Scores before SiLU: q, k (R * H, L, d) -> (R * H, L, L)."""
+    rows, length = bucket.rows, bucket.length
+    bias = position_bias(position, length)  # (L, L)
+    raw = torch.bmm(q, k.transpose(1, 2))
+    if time is None or bucket.gaps is None:
+        return raw.add_(bias)
+    by_gap = time.index_select(0, bucket.gaps.flatten().long()).view(rows, 1, length, length).add_(bias)
+    raw.view(rows, -1, length, length).add_(by_gap)
+    return raw
+
+
+def _binned(values: Tensor, bins: Tensor, like: Tensor) -> Tensor:
+    # float64: many small terms of both signs fall into one bin
+    sums = torch.bincount(bins.flatten(), weights=values.flatten().double(), minlength=like.numel())
+    return sums.to(like.dtype)
+
+
+def bucketed_attention(
+    qkv: Tensor, layout: Layout, heads: int, normaliser: int, position: Tensor, time: Tensor | None
+) -> Tensor:
+    """The reference's values and gradients, in fewer passes over the scores, which are not kept for backward.
+    Differentiable once."""
+    apply: Any = _BucketedAttention.apply
+    out: Tensor = apply(qkv, position, time, layout, heads, normaliser)
+    return out
+
+
+def attention(
+    qkv: Tensor, layout: Layout, heads: int, normaliser: int, position: Tensor, time: Tensor | None
+) -> Tensor:
+    """Pointwise attention within each sequence, by the best implementation for the device.
+
+    qkv         (T, 3 * H * d): queries, keys and values of all tokens, in this order.
+    layout      of the same tokens. heads: H. normaliser: the configured maximum length N.
+    position    (P,) bias by distance in tokens; distances from P - 1 on share the last.
+    time        (TIME_BUCKETS,) bias by bucket of the time between query and key, or None.
+    Result      (T, H * d).
+    """
+    best = bucketed_attention if qkv.device.type == "cpu" else padded_attention
+    return best(qkv, layout, heads, normaliser, position, time)

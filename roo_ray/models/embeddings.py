@@ -1,0 +1,158 @@
+"""Embedding lookup at stride B_RO: history and candidate ids in one lookup per embedding dim.
+
+Every id feature goes into the lookup as one list per request, also those of impressions (their ids, grouped by
+request): one lookup and one all-to-all serve the user side and the impression side, and a table that both read
+is one table. Bags are pooled after the lookup.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torchrec import EmbeddingCollection, EmbeddingConfig, JaggedTensor, KeyedJaggedTensor
+from torchrec.distributed.types import Awaitable
+
+from roo_ray.errors import ConfigError
+from roo_ray.ingest.batch import Jagged, RequestBatch, impression_id_keys, request_id_keys
+from roo_ray.models.contract import ModelInputs, SequenceInputs
+from roo_ray.models.jagged import segment_mean, segment_sum, sum_lengths
+from roo_ray.schema import Feature, Schema
+
+
+def lookup_features(schema: Schema) -> dict[str, list[str]]:
+    """Table -> names of the features that read it in the lookup: the keys of ``RequestBatch.request_ids`` and
+    ``impression_ids``. Tables in the schema's order, without those that nothing reads.
+
+    Raises ConfigError for names that the lookup cannot tell apart or TorchRec cannot hold.
+    """
+    keys = request_id_keys(schema) + impression_id_keys(schema)
+    twice = sorted(key for key, count in Counter(key for key, _ in keys).items() if count > 1)
+    if twice:
+        raise ConfigError(f"schema '{schema.name}': id column {twice[0]} is given twice; name it once")
+    features = {table: [key for key, of in keys if of == table] for table in schema.tables}
+    dotted = sorted(table for table, names in features.items() if names and "." in table)
+    if dotted:
+        raise ConfigError(f"schema '{schema.name}': table '{dotted[0]}' has a dot in its name; rename it")
+    return {table: names for table, names in features.items() if names}
+
+
+class EmbeddingLookup(nn.Module):
+    """The model's embedding tables, one TorchRec ``EmbeddingCollection`` per embedding dim.
+
+    ``device``: where the tables are made; ``meta`` where ``DistributedModelParallel`` allocates them. Works
+    unsharded and sharded. Weights are set by ``initialise_tables``.
+    """
+
+    def __init__(self, schema: Schema, device: torch.device | None = None) -> None:
+        super().__init__()
+        by_dim: dict[int, list[EmbeddingConfig]] = {}
+        for table, names in lookup_features(schema).items():
+            rows, dim = schema.tables[table].rows, schema.tables[table].dim
+            by_dim.setdefault(dim, []).append(
+                EmbeddingConfig(name=table, embedding_dim=dim, num_embeddings=rows, feature_names=names)
+            )
+        self.features = {
+            f"dim_{dim}": [name for table in tables for name in table.feature_names] for dim, tables in by_dim.items()
+        }
+        self.collections = nn.ModuleDict(
+            {f"dim_{dim}": EmbeddingCollection(tables=tables, device=device) for dim, tables in by_dim.items()}
+        )
+
+    def forward(self, batch: RequestBatch) -> dict[str, Jagged]:
+        """Feature name in the lookup -> its embeddings (T, D) float32 in the order of its ids, with lengths
+        (B_RO,) for request-level and (B_NRO,) for impression-level features."""
+        per_request = request_lists(batch)
+        # all lookups are under way before the first one is waited for
+        started = {
+            name: collection(keyed_jagged(per_request, self.features[name]))
+            for name, collection in self.collections.items()
+        }
+        found: dict[str, Tensor] = {}
+        for result in started.values():
+            tensors: dict[str, JaggedTensor] = result.wait() if isinstance(result, Awaitable) else result
+            found.update({key: jagged.values() for key, jagged in tensors.items()})
+        ids = batch.request_ids | batch.impression_ids
+        return {key: Jagged(values, ids[key].lengths) for key, values in found.items()}
+
+
+def request_lists(batch: RequestBatch) -> dict[str, Jagged]:
+    """Every id feature as one list of ids per request, lengths (B_RO,): a request's impression-level ids are
+    its impressions' lists, one after the other."""
+    lists = dict(batch.request_ids)
+    for name, ids in batch.impression_ids.items():
+        lists[name] = Jagged(ids.values, sum_lengths(ids.lengths, batch.num_impressions))
+    return lists
+
+
+def keyed_jagged(lists: dict[str, Jagged], names: list[str]) -> KeyedJaggedTensor:
+    """The named lists as TorchRec's input of stride B_RO."""
+    return KeyedJaggedTensor(
+        keys=names,
+        values=torch.cat([lists[name].values for name in names]),
+        lengths=torch.cat([lists[name].lengths for name in names]),
+        stride=lists[names[0]].lengths.numel(),
+    )
+
+
+def without_future_events(batch: RequestBatch, schema: Schema) -> RequestBatch:
+    """The batch without history events at or after their request's time, which would leak the future into the
+    user side. Sequences without a time stay as they are. Ids and times only; nothing is looked up yet."""
+    request_ids, sequence_dense = dict(batch.request_ids), dict(batch.sequence_dense)
+    sequence_time = dict(batch.sequence_time)
+    for feature in schema.sequences:
+        if not feature.time:
+            continue
+        times, keys = sequence_time[feature.name], _id_keys(feature)
+        lengths = request_ids[keys[0]].lengths  # (B_RO,)
+        known = times < torch.repeat_interleave(batch.request_time, lengths, output_size=times.numel())  # (T,)
+        if bool(known.all()):
+            continue
+        kept = segment_sum(known.double().unsqueeze(1), lengths).squeeze(1).long()  # (B_RO,)
+        for key in keys:
+            request_ids[key] = Jagged(request_ids[key].values[known], kept)
+        sequence_dense[feature.name] = sequence_dense[feature.name][known]
+        sequence_time[feature.name] = times[known]
+    return replace(batch, request_ids=request_ids, sequence_dense=sequence_dense, sequence_time=sequence_time)
+
+
+def model_inputs(schema: Schema, batch: RequestBatch, embeddings: dict[str, Jagged]) -> ModelInputs:
+    """The batch with its looked-up ``embeddings`` as plain tensors; bags are pooled here."""
+    sequences = {}
+    for feature in schema.sequences:
+        keys = _id_keys(feature)
+        lengths = embeddings[keys[0]].lengths  # (B_RO,)
+        ages = None
+        if feature.time:
+            times = batch.sequence_time[feature.name]  # (T,) float64
+            asked = torch.repeat_interleave(batch.request_time, lengths, output_size=times.numel())
+            ages = (asked - times).float()  # (T,)
+        sequences[feature.name] = SequenceInputs(
+            ids={c.column: embeddings[k].values for c, k in zip(feature.sequence_ids, keys, strict=True)},
+            dense=batch.sequence_dense[feature.name],
+            ages=ages,
+            lengths=lengths,
+        )
+    return ModelInputs(
+        num_impressions=batch.num_impressions,
+        request_dense=batch.request_dense,
+        impression_dense=batch.impression_dense,
+        request_ids={f.name: pool(embeddings[f.name], f) for f in schema.select("request", "ids")},
+        sequences=sequences,
+        impression_ids={f.name: pool(embeddings[f.name], f) for f in schema.select("impression", "ids")},
+    )
+
+
+def pool(embeddings: Jagged, feature: Feature) -> Tensor:
+    """One embedding per row, by the feature's pooling: (T, D) with lengths (B,) -> (B, D); empty bags: 0."""
+    if feature.pooling == "sum":
+        return segment_sum(embeddings.values, embeddings.lengths)
+    if feature.pooling == "mean":
+        return segment_mean(embeddings.values, embeddings.lengths)
+    return embeddings.values
+
+
+def _id_keys(sequence: Feature) -> list[str]:
+    return [f"{sequence.name}.{column.column}" for column in sequence.sequence_ids]

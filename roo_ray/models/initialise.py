@@ -1,0 +1,97 @@
+"""Initial embedding weights as a pure function of (seed, table, row, column): whatever the world size, the
+sharding plan and the device, a table starts the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.tensor import DTensor
+from torchrec import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.shards_wrapper import LocalShardsWrapper
+
+_COLLECTIONS = (
+    EmbeddingCollection,
+    EmbeddingBagCollection,
+    ShardedEmbeddingCollection,
+    ShardedEmbeddingBagCollection,
+)
+_CHUNK = 1 << 22  # weights made at once: 32 MB per int64 temporary
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _mix(state: Tensor) -> Tensor:
+    """SplitMix64's finaliser on int64 (products wrap around; shifts are made logical by masks)."""
+    state = (state ^ ((state >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
+    state = (state ^ ((state >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
+    return state ^ ((state >> 31) & ((1 << 33) - 1))
+
+
+def table_weights(
+    seed: int, table: str, first_row: int, rows: int, first_column: int, columns: int, device: torch.device
+) -> Tensor:
+    """A block of a table's initial weights: (rows, columns) float32, uniform in [-1, 1)."""
+    digest = hashlib.sha256(f"{seed}/{table}".encode()).digest()
+    key = int.from_bytes(digest[:8], "little", signed=True)
+    row = torch.arange(first_row, first_row + rows, device=device).unsqueeze(1)  # (rows, 1) int64
+    column = torch.arange(first_column, first_column + columns, device=device)  # (columns,)
+    mixed = _mix(_mix(row + key) + column * _signed(0x9E3779B97F4A7C15))  # (rows, columns)
+    return ((mixed >> 40) & 0xFFFFFF).float() * 2.0**-23 - 1.0  # 24 bits are exact in float32
+
+
+def table_scale(dim: int) -> float:
+    """Initial weights are uniform in [-s, s) with s = dim ** -0.5: an embedding's norm is about 0.58."""
+    return float(dim**-0.5)
+
+
+def _blocks(weight: Tensor) -> Iterator[tuple[Tensor, int, int]]:
+    """(local tensor, its first row, its first column) of the parts of a table that this rank holds."""
+    if isinstance(weight, ShardedTensor):
+        for shard in weight.local_shards():
+            row, column = shard.metadata.shard_offsets
+            yield shard.tensor, row, column
+    elif isinstance(weight, DTensor):
+        local = weight.to_local()
+        assert isinstance(local, LocalShardsWrapper)
+        # not strict: a rank without a shard has no tensor, yet an offset
+        for tensor, (row, column) in zip(local.local_shards(), local.local_offsets(), strict=False):
+            yield tensor, row, column
+    else:
+        yield weight, 0, 0
+
+
+def _dim(weight: Tensor) -> int:
+    # a ShardedTensor's own ``shape`` warns of its deprecation
+    return int(weight.metadata().size[1] if isinstance(weight, ShardedTensor) else weight.shape[1])
+
+
+@torch.no_grad()
+def initialise_tables(module: nn.Module, seed: int) -> None:
+    """Sets all TorchRec embedding tables within ``module``, sharded or not, in place: uniform in [-s, s) with s
+    of ``table_scale``. Each rank sets the parts that it holds; nothing is communicated."""
+    for collection in module.modules():
+        if not isinstance(collection, _COLLECTIONS):
+            continue
+        for name, weight in collection.state_dict().items():
+            table = name.split(".")[1]  # embeddings.<table>.weight or embedding_bags.<table>.weight
+            for tensor, first_row, first_column in _blocks(weight):
+                _fill(tensor, seed, table, first_row, first_column, table_scale(_dim(weight)))
+
+
+def _fill(tensor: Tensor, seed: int, table: str, first_row: int, first_column: int, scale: float) -> None:
+    rows, columns = tensor.shape
+    step = max(1, _CHUNK // max(1, columns))
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
+        block = table_weights(
+            seed, table, first_row + start, count, first_column, columns, tensor.device
+        )  # (count, columns)
+        tensor[start : start + count] = (block * scale).to(tensor.dtype)

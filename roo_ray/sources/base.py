@@ -1,0 +1,247 @@
+"""What every source of rows offers: units that tasks read on their own, with exactly the schema's columns."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from roo_ray.errors import DataError
+from roo_ray.storage import open_filesystem
+
+RowKind = Literal["impressions", "requests"]
+UNIT_BYTES = 128_000_000
+BATCH_BYTES = 64_000_000
+FOOTER_THREADS = 16
+PARQUET_WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
+
+
+@dataclass(frozen=True)
+class ReadUnit:
+    """Row groups of one Parquet file that one task reads. ``root``: the configured path that led to the file
+    (it names the file system); ``bytes``: estimated size in memory; ``kind``: what a row is."""
+
+    index: int
+    root: str
+    path: str
+    row_groups: tuple[int, ...]
+    kind: RowKind
+    rows: int
+    bytes: int
+
+
+class Source(Protocol):
+    """Rows to build requests from. Picklable: tasks get it with their unit."""
+
+    @property
+    def row_schema(self) -> pa.Schema:
+        """Names and types of the rows that ``batches`` yields: exactly the request schema's columns."""
+        ...
+
+    def units(self) -> list[ReadUnit]:
+        """All units, in a fixed order."""
+        ...
+
+    def batches(self, unit: ReadUnit) -> Iterator[pa.Table]:
+        """The unit's rows in tables of bounded size. Raises DataError that names the file."""
+        ...
+
+    def disk_bytes(self) -> dict[str, int] | None:
+        """Compressed bytes on disk per column, where the source is impression-level; else None."""
+        ...
+
+    def verify(self, counts: Mapping[str, int]) -> None:
+        """Looks at the counts of the whole build before it is published. Raises DataError."""
+        ...
+
+
+def read(source: Source, unit: ReadUnit) -> pa.Table:
+    """All rows of a unit in one table."""
+    return pa.concat_tables([source.row_schema.empty_table(), *source.batches(unit)])
+
+
+# ---- types ---------------------------------------------------------------------------------------
+
+
+def plain_type(kind: pa.DataType) -> pa.DataType:
+    """The type without storage variants: dictionaries, large and fixed-size lists, large strings and views
+    become plain ones. Two files whose plain types are equal hold the same kind of values."""
+    types = pa.types
+    if types.is_dictionary(kind):
+        return plain_type(kind.value_type)
+    if types.is_large_string(kind) or types.is_string_view(kind):
+        return pa.string()
+    if types.is_large_binary(kind) or types.is_binary_view(kind):
+        return pa.binary()
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return pa.list_(plain_type(kind.value_type))
+    return kind
+
+
+def to_plain(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table's columns in the order and types of ``schema``; a no-op where they are so already."""
+    table = table.select(schema.names).replace_schema_metadata(None)
+    return table if table.schema.equals(schema) else table.cast(schema)
+
+
+# ---- Parquet files -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ParquetInput:
+    """A Parquet file's footer."""
+
+    root: str
+    path: str
+    schema: pa.Schema
+    metadata: Any
+
+
+def list_parquet(root: str) -> list[str]:
+    """The Parquet files at a path: the file itself, or all ``*.parquet`` below a folder but for files and
+    folders whose names begin with ``_`` or ``.``. Raises DataError where there is none."""
+    filesystem, inner = open_filesystem(root)
+    info = filesystem.get_file_info(inner)
+    if info.type == pafs.FileType.NotFound:
+        raise DataError(f"source not found: {root}")
+    if info.type == pafs.FileType.File:
+        return [inner]
+    found = []
+    for item in filesystem.get_file_info(pafs.FileSelector(inner, recursive=True)):
+        parts = item.path[len(inner) :].strip("/").split("/")
+        hidden = any(part.startswith(("_", ".")) for part in parts)
+        if item.type == pafs.FileType.File and item.path.endswith(".parquet") and not hidden:
+            found.append(item.path)
+    if not found:
+        raise DataError(f"{root} holds no Parquet files (*.parquet); check source.path")
+    return sorted(found)
+
+
+def open_parquet(root: str, path: str) -> pq.ParquetFile:
+    """Opens a Parquet file for reading. Raises DataError that names it where it is missing or broken."""
+    filesystem, _ = open_filesystem(root)
+    try:
+        return pq.ParquetFile(filesystem.open_input_file(path))
+    except FileNotFoundError:
+        raise DataError(f"file not found: {path}") from None
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a complete Parquet file ({error}); write or copy it again") from None
+
+
+def read_footers(roots: Sequence[str]) -> list[ParquetInput]:
+    """The footers of all Parquet files at the given paths, each file once, in order of path."""
+    files = {path: root for root in roots for path in list_parquet(root)}
+
+    def footer(path: str) -> ParquetInput:
+        with open_parquet(files[path], path) as file:
+            return ParquetInput(files[path], path, file.schema_arrow, file.metadata)
+
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        return list(pool.map(footer, sorted(files)))
+
+
+def common_schema(inputs: Sequence[ParquetInput], columns: Sequence[str]) -> pa.Schema:
+    """The plain schema of ``columns`` over all files; a column that is null in one file takes its type from
+    the others. Raises one DataError that names the file and the column that is missing or differs."""
+    fields = []
+    for column in columns:
+        lacking = [item for item in inputs if column not in item.schema.names]
+        if lacking:
+            there = sorted(set(lacking[0].schema.names))
+            close = difflib.get_close_matches(column, there, 1)
+            hint = f"did you mean '{close[0]}'?" if close else f"it has: {', '.join(there)}"
+            raise DataError(
+                f"{lacking[0].path}: column '{column}' of the schema is missing "
+                f"(in {len(lacking)} of {len(inputs)} files); {hint}"
+            )
+        kinds: dict[str, tuple[pa.DataType, str]] = {}
+        for item in inputs:
+            kind = plain_type(item.schema.field(column).type)
+            kinds.setdefault(str(kind), (kind, item.path))
+        kinds.pop("null", None) if len(kinds) > 1 else None
+        if len(kinds) > 1:
+            (first, first_path), (second, second_path) = list(kinds.values())[:2]
+            raise DataError(
+                f"column '{column}' has type {first} in {first_path} and {second} in {second_path}; "
+                "write all files with one type"
+            )
+        fields.append(pa.field(column, next(iter(kinds.values()))[0]))
+    return pa.schema(fields)
+
+
+def leaf_columns(metadata: Any) -> list[str]:
+    """The top-level column of each leaf of a Parquet file, in file order."""
+    arrow = metadata.schema.to_arrow_schema()
+    names = sorted(arrow.names, key=len, reverse=True)
+    paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+    return [next(n for n in names if path == n or path.startswith(f"{n}.")) for path in paths]
+
+
+def memory_estimate(metadata: Any, columns: set[str]) -> list[int]:
+    """Estimated bytes in memory of each row group's ``columns``: values by their width, text by its size."""
+    leaves = [(i, name) for i, name in enumerate(leaf_columns(metadata)) if name in columns]
+    sizes = []
+    for group in range(metadata.num_row_groups):
+        row_group = metadata.row_group(group)
+        total = 0
+        for i, _ in leaves:
+            chunk = row_group.column(i)
+            width = PARQUET_WIDTHS.get(chunk.physical_type)
+            total += (
+                chunk.num_values * width
+                if width is not None
+                else max(chunk.total_uncompressed_size, 8 * chunk.num_values)
+            )
+        sizes.append(total)
+    return sizes
+
+
+def compressed_bytes(inputs: Sequence[ParquetInput], columns: Sequence[str]) -> dict[str, int]:
+    """Compressed bytes on disk of each column over all files."""
+    totals = dict.fromkeys(columns, 0)
+    for item in inputs:
+        leaves = leaf_columns(item.metadata)
+        for group in range(item.metadata.num_row_groups):
+            row_group = item.metadata.row_group(group)
+            for i, name in enumerate(leaves):
+                if name in totals:
+                    totals[name] += row_group.column(i).total_compressed_size
+    return totals
+
+
+def make_units(inputs: Sequence[ParquetInput], columns: set[str], kind: RowKind) -> list[ReadUnit]:
+    """Units of about ``UNIT_BYTES``: neighbouring row groups of a file together, large ones alone."""
+    units: list[ReadUnit] = []
+    for item in inputs:
+        groups: list[int] = []
+        rows = size = 0
+
+        def close(item: ParquetInput, groups: list[int], rows: int, size: int, units: list[ReadUnit] = units) -> None:
+            if rows:
+                units.append(ReadUnit(len(units), item.root, item.path, tuple(groups), kind, rows, size))
+
+        for group, estimate in enumerate(memory_estimate(item.metadata, columns)):
+            if groups and size + estimate > UNIT_BYTES:
+                close(item, groups, rows, size)
+                groups, rows, size = [], 0, 0
+            groups.append(group)
+            rows += item.metadata.row_group(group).num_rows
+            size += estimate
+        close(item, groups, rows, size)
+    return units
+
+
+def stream_unit(unit: ReadUnit, columns: Sequence[str], batch_bytes: int = BATCH_BYTES) -> Iterator[pa.RecordBatch]:
+    """The unit's rows in record batches of about ``batch_bytes``. Raises DataError that names the file."""
+    rows = max(1, min(131_072, int(unit.rows * batch_bytes / max(unit.bytes, 1))))
+    with open_parquet(unit.root, unit.path) as file:
+        try:
+            yield from file.iter_batches(rows, list(unit.row_groups), list(columns))
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{unit.path} cannot be read ({error}); write or copy it again") from None

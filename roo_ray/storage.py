@@ -1,0 +1,21 @@
+"""Where files lie: local paths and URIs through pyarrow's file systems."""
+
+from __future__ import annotations
+
+import os
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from roo_ray.errors import DataError
+
+
+def open_filesystem(path: str) -> tuple[pafs.FileSystem, str]:
+    """(file system, path in it) of a local path or URI. Raises DataError for an unknown scheme."""
+    if "://" not in path:
+        return pafs.LocalFileSystem(), os.path.abspath(path)
+    try:
+        filesystem, inner = pafs.FileSystem.from_uri(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"cannot open {path}: {error}; use a local path, s3://..., or gs://...") from None
+    return filesystem, inner

@@ -1,0 +1,151 @@
+"""The main path for real: log, shards, training on Ray Train with TorchRec over gloo, MLflow, evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from roo_ray.config import Config, load_config
+from roo_ray.errors import DataError
+from roo_ray.requests.manifest import Manifest, load_manifest
+from roo_ray.training.launch import TrainingResult, evaluate, find_checkpoint, train
+from roo_ray.training.prepare import prepare
+from tests.jobs.small import ROOT, small_config
+
+
+def quiet(line: str) -> None:
+    """Progress goes nowhere."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("main_path")
+
+
+@pytest.fixture(scope="module")
+def built(local_ray: None, folder: Path) -> Manifest:
+    return prepare(small_config(folder), "build", quiet)[0]
+
+
+@pytest.fixture(scope="module")
+def two_workers(built: Manifest, folder: Path) -> tuple[Config, TrainingResult]:
+    config = small_config(folder)
+    return config, train(config, "two-workers", quiet)
+
+
+def curve(config: Config, result: TrainingResult, metric: str = "train/loss") -> dict[int, float]:
+    """The metric's points by step; fails where a step was logged twice."""
+    points = MlflowClient(config.tracking.uri).get_metric_history(result.run.run_id, metric)
+    assert len({point.step for point in points}) == len(points), "a step was logged twice"
+    return {point.step: point.value for point in points}
+
+
+def test_training_logs_what_a_reviewer_needs(two_workers: tuple[Config, TrainingResult], built: Manifest) -> None:
+    config, result = two_workers
+    client = MlflowClient(config.tracking.uri)
+    run = client.get_run(result.run.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["training.workers"] == "2"
+    assert run.data.tags["data_digest"] == built.digest()
+    metrics = run.data.metrics
+    for name in ("ne", "auc", "gauc", "calibration", "bayes_ne", "bayes_auc"):
+        assert f"eval/click/{name}" in metrics
+    assert 0 <= metrics["epoch/data_wait_share"] <= 1
+    assert metrics["data/dedup_ratio_disk_bytes"] > 1
+    assert metrics["eval/click/bayes_ne"] < metrics["eval/click/ne"]
+    artifacts = {item.path for item in client.list_artifacts(result.run.run_id)}
+    assert {"schema.yaml", "ledger.json", "sharding_plan.json", "checkpoint"} <= artifacts
+    stored = {Path(item.path).name for item in client.list_artifacts(result.run.run_id, "checkpoint")}
+    assert {".metadata", "state.json"} <= stored
+
+
+def test_every_request_is_trained_and_evaluated_once(
+    two_workers: tuple[Config, TrainingResult], built: Manifest
+) -> None:
+    _, result = two_workers
+    last_day = built.days[-1]
+    held_out = [file for file in built.files if file.day == last_day]
+    assert result.metrics["eval/requests"] == sum(file.requests for file in held_out)
+    assert result.metrics["eval/impressions"] == sum(file.impressions for file in held_out)
+    assert result.metrics["epoch/requests"] == built.requests - result.metrics["eval/requests"]
+    assert result.metrics["epoch/impressions"] == built.impressions - result.metrics["eval/impressions"]
+
+
+@pytest.mark.parametrize(
+    "override", ["training.workers=1", "ingest.reader=thread", "training.form=impression"], ids=str
+)
+def test_same_global_batches_same_curve(
+    override: str, two_workers: tuple[Config, TrainingResult], folder: Path
+) -> None:
+    """Neither the number of workers, nor the reader, nor the form of the batch changes the training."""
+    config, reference = two_workers
+    other = small_config(folder, override)
+    result = train(other, override.replace("=", "-"), quiet)
+    expected = curve(config, reference)
+    assert len(expected) > 20
+    assert curve(other, result) == pytest.approx(expected, rel=2e-4)
+    for name in ("ne", "auc", "gauc"):
+        assert result.metrics[f"eval/click/{name}"] == pytest.approx(reference.metrics[f"eval/click/{name}"], abs=2e-3)
+
+
+def test_resume_continues_the_curve(two_workers: tuple[Config, TrainingResult], folder: Path) -> None:
+    """One epoch, then the same run name again: the second epoch goes on, in the same MLflow run."""
+    config, reference = two_workers
+    half = train(small_config(folder, "training.epochs=1"), "resumed", quiet)
+    half_curve = curve(config, half)
+    whole = train(config, "resumed", quiet)
+    assert whole.run.run_id == half.run.run_id
+    expected = curve(config, reference)
+    assert 0 < len(half_curve) < len(expected)
+    assert curve(config, whole) == pytest.approx(expected, rel=2e-4)
+
+
+def test_evaluation_of_a_checkpoint_gives_the_same_figures(
+    two_workers: tuple[Config, TrainingResult], folder: Path
+) -> None:
+    """On another number of workers, from the run's name, in an MLflow run of its own."""
+    _, trained = two_workers
+    config = small_config(folder, "training.workers=1", "model.dim=64")  # the checkpoint's model is what counts
+    result = evaluate(config, find_checkpoint(config, "two-workers"), "evaluated", quiet)
+    for name in ("ne", "auc", "gauc", "calibration", "bayes_ne"):
+        assert result.metrics[f"eval/click/{name}"] == pytest.approx(trained.metrics[f"eval/click/{name}"], rel=1e-5)
+    assert result.run.run_id != trained.run.run_id
+
+
+def test_truncated_shard_gives_one_error_naming_the_file(built: Manifest, folder: Path) -> None:
+    config = small_config(folder, f"requests={folder}/damaged", "training.max_failures=0")
+    prepare(config, "damaged", quiet)
+    manifest = load_manifest(config.requests)
+    victim = Path(config.requests) / manifest.files[0].path
+    victim.write_bytes(victim.read_bytes()[:200])
+    with pytest.raises(DataError, match=victim.name):
+        train(config, "damaged", quiet)
+    runs = MlflowClient(config.tracking.uri)
+    experiment = runs.get_experiment_by_name("roo_ray")
+    failed = runs.search_runs([experiment.experiment_id], "tags.`roo_ray.run` = 'train/damaged'")
+    assert [run.info.status for run in failed] == ["FAILED"]
+
+
+def test_real_data_end_to_end(local_ray: None, ebnerd_folder: Path, tmp_path: Path) -> None:
+    """EB-NeRD in its publisher's files: 1,046 requests and 10,848 impressions, counted at every stage."""
+    config = load_config(
+        ROOT / "configs/ebnerd.yaml",
+        [
+            f"source.path={ebnerd_folder}",
+            f"requests={tmp_path}/requests",
+            f"storage={tmp_path}/runs",
+            f"tracking.uri=sqlite:///{tmp_path}/mlflow.db",
+            "training.epochs=1",
+        ],
+    )
+    manifest, _ = prepare(config, "ebnerd", quiet)
+    assert (manifest.requests, manifest.impressions) == (1046, 10848)
+    result = train(config, "ebnerd", quiet)
+    trained, held_out = result.metrics["epoch/requests"], result.metrics["eval/requests"]
+    assert trained > 0
+    assert held_out > 0
+    assert trained + held_out == 1046
+    assert result.metrics["epoch/impressions"] + result.metrics["eval/impressions"] == 10848
+    assert result.metrics["eval/click/impressions"] == result.metrics["eval/impressions"]

@@ -1,0 +1,96 @@
+"""HSTU attention: the reference against a double loop, the bucketed path against the reference."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from roo_ray.models import attention
+
+HEADS, WIDTH, REACH, NORMALISER = 2, 6, 9, 12
+
+
+def case(lengths: list[int], seed: int, timed: bool) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """([qkv, position, time?] that require grad, lengths, ages)."""
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(lengths)
+    inputs = [
+        torch.randn(total, 3 * WIDTH, generator=generator),
+        torch.randn(REACH, generator=generator),
+        *([torch.randn(attention.TIME_BUCKETS, generator=generator)] if timed else []),
+    ]
+    ages = [(10 ** (8 * torch.rand(n, generator=generator))).sort(descending=True).values for n in lengths]
+    return [x.requires_grad_() for x in inputs], torch.tensor(lengths), torch.cat([torch.zeros(0), *ages])
+
+
+def double_loop(inputs: list[torch.Tensor], lengths: list[int], ages: torch.Tensor) -> torch.Tensor:
+    qkv, position = inputs[:2]
+    time = inputs[2] if len(inputs) == 3 else None
+    depth = WIDTH // HEADS
+    rows = []
+    start = 0
+    for length in lengths:
+        for i in range(length):
+            q, _, _ = qkv[start + i].view(3, HEADS, depth)
+            out = torch.zeros(HEADS, depth)
+            for j in range(i + 1):
+                _, k, v = qkv[start + j].view(3, HEADS, depth)
+                score = (q * k).sum(1) + position[min(i - j, REACH - 1)]
+                if time is not None:
+                    gap = (ages[start + j] - ages[start + i]).reshape(1)
+                    score = score + time[int(attention.time_buckets(gap))]
+                out = out + (score * torch.sigmoid(score)).unsqueeze(1) * v
+            rows.append(out.flatten() / NORMALISER)
+        start += length
+    return torch.stack(rows) if rows else qkv.new_zeros(0, WIDTH)
+
+
+lengths_lists = st.lists(st.integers(0, 12), min_size=1, max_size=6)
+
+
+@settings(max_examples=15, deadline=None)
+@given(lengths_lists, st.integers(0, 1000), st.booleans(), st.integers(1, 4))
+def test_reference_equals_double_loop(lengths: list[int], seed: int, timed: bool, buckets: int) -> None:
+    inputs, of, ages = case(lengths, seed, timed)
+    layout = attention.layout(of, ages if timed else None, buckets)
+    time = inputs[2] if timed else None
+    ours = attention.padded_attention(inputs[0], layout, HEADS, NORMALISER, inputs[1], time)
+    torch.testing.assert_close(ours, double_loop(inputs, lengths, ages), rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths_lists, st.integers(0, 1000), st.booleans(), st.integers(1, 8))
+def test_bucketed_equals_reference(lengths: list[int], seed: int, timed: bool, buckets: int) -> None:
+    inputs, of, ages = case(lengths, seed, timed)
+    time = inputs[2] if timed else None
+    weight = torch.randn(sum(lengths), WIDTH, generator=torch.Generator().manual_seed(seed))
+    results = []
+    for function, count in ((attention.padded_attention, 1), (attention.bucketed_attention, buckets)):
+        layout = attention.layout(of, ages if timed else None, count)
+        out = function(inputs[0], layout, HEADS, NORMALISER, inputs[1], time)
+        # raises for an input without a gradient, which would leave DDP's ranks waiting
+        results.append((out, torch.autograd.grad((out * weight).sum(), inputs)))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-5)
+    for reference, ours in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=40), st.integers(1, 9))
+def test_every_token_has_one_slot(lengths: list[int], buckets: int) -> None:
+    layout = attention.layout(torch.tensor(lengths), None, buckets)
+    tokens = torch.cat([torch.zeros(0, dtype=torch.int64), *(bucket.tokens for bucket in layout.buckets)])
+    assert sorted(tokens.tolist()) == list(range(sum(lengths)))
+    assert len(layout.buckets) <= buckets
+    for bucket in layout.buckets:
+        assert len(set(bucket.slots.tolist())) == len(bucket.tokens)
+        assert bucket.length == int((bucket.slots % bucket.length).max()) + 1  # padded no further than needed
+
+
+def test_time_buckets_are_half_octaves() -> None:
+    seconds = torch.tensor([-5.0, 0.0, 1.0, 1.49, 1.5, 2.0, 3.0, 4.0, 1024.0, 2.0**31, 3e38])
+    assert attention.time_buckets(seconds).tolist() == [0, 0, 0, 0, 1, 2, 3, 4, 20, 62, 63]
+
+
+def test_dispatcher_takes_the_bucketed_path_on_cpu() -> None:
+    inputs, of, ages = case([3, 1], 0, True)
+    out = attention.attention(inputs[0], attention.layout(of, ages), HEADS, NORMALISER, inputs[1], inputs[2])
+    assert "BucketedAttention" in type(out.grad_fn).__name__

@@ -1,0 +1,62 @@
+"""The sharded request-only model equals the unsharded impression-level model: real processes over gloo,
+unequal requests, ranks without data, row-wise and table-wise tables with fused row-wise Adagrad."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+from roo_ray.ingest.batch import RequestBatch
+from roo_ray.models.initialise import initialise_tables, table_scale, table_weights
+from roo_ray.models.losses import ranking_loss
+from roo_ray.models.ranking import RankingModel
+from tests.models import sharded_ranks
+from tests.models.batches import schema
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_sharded_requests_equal_unsharded_impressions(world: int, tmp_path: Path) -> None:
+    mp.spawn(sharded_ranks.run, args=(world, str(tmp_path)), nprocs=world)
+    result = torch.load(tmp_path / "result.pt")
+
+    torch.manual_seed(0)
+    model = RankingModel(schema(), sharded_ranks.SETTINGS)
+    initialise_tables(model, 0)
+    for name, table in result["tables_before"].items():
+        assert torch.equal(table, model.state_dict()[name]), f"{name}: initial weights depend on the sharding"
+    dense = dict(model.dense.named_parameters(prefix="dense"))
+    optimizers = [
+        torch.optim.SGD(dense.values(), lr=sharded_ranks.DENSE_LR),
+        RowWiseAdagrad(model.sparse.parameters(), **sharded_ranks.EMBEDDINGS),
+    ]
+    for step, batches in zip(result["steps"], sharded_ranks.steps(world), strict=True):
+        batch = RequestBatch.concat([batch for batch in batches if batch is not None]).explode()
+        model.zero_grad()
+        loss = ranking_loss(
+            model(batch), batch.labels, batch.weights, sharded_ranks.TASK_WEIGHTS, batch.weights.sum(0), 1
+        )
+        loss.backward()
+        torch.testing.assert_close(step["loss"], loss.detach(), rtol=1e-5, atol=1e-6)
+        for name, parameter in dense.items():
+            assert parameter.grad is not None
+            torch.testing.assert_close(step["gradients"][name], parameter.grad, rtol=1e-3, atol=2e-6, msg=name)
+        for optimizer in optimizers:
+            optimizer.step()
+    for name, weight in dense.items():
+        torch.testing.assert_close(result["dense_after"][name], weight.detach(), rtol=1e-4, atol=1e-5)
+    for name, table in result["tables_after"].items():
+        reference = model.state_dict()[name]
+        assert not torch.equal(table, result["tables_before"][name]), f"{name} was not trained"
+        torch.testing.assert_close(table, reference, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_initial_weights_do_not_depend_on_the_sharding(tmp_path: Path) -> None:
+    mp.spawn(sharded_ranks.look_up_initial_weights, args=(2, str(tmp_path)), nprocs=2)
+    found = torch.load(tmp_path / "weights.pt")
+    assert set(found) == {"ShardedTensor", "DTensor"}
+    for state, tables in found.items():
+        for name, weights in tables.items():
+            expected = table_weights(5, name, 0, 21, 0, 8, torch.device("cpu")) * table_scale(8)
+            assert torch.equal(weights, expected), f"{name} as {state}"
