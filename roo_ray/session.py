@@ -19,6 +19,7 @@ from roo_ray.errors import ClusterError
 ENVIRONMENT = {
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
     "RAY_num_workers_soft_limit": "10",
+    "RAY_worker_maximum_startup_concurrency": "8",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

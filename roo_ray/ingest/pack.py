@@ -236,7 +236,7 @@ def _sequence(table: pa.Table, schema: Schema, feature: Feature) -> dict[str, pa
     dense = [_scaled(np.nan_to_num(_floats(cut[c.column], 0.0)), c.scale) for c in feature.sequence_dense]
     packed[f"dense:{feature.name}"] = _interleaved(kept, dense)
     if feature.time:
-        packed[f"time:{feature.name}"] = _lists(kept, epoch_seconds(cut[feature.time]))
+        packed[f"time:{feature.name}"] = _lists(kept, epoch_seconds(cut[feature.time], feature.time))
     return packed
 
 

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from roo_ray.errors import DataError
 from roo_ray.lists import as_array, is_list, list_parts
 from roo_ray.requests.grouping import NUM_IMPRESSIONS, describe_request
-from roo_ray.requests.times import epoch_seconds, is_time
+from roo_ray.requests.times import epoch_seconds, is_time_type
 from roo_ray.schema import Feature, Schema
 
 
@@ -61,7 +61,7 @@ def _check_keys(table: pa.Table, schema: Schema) -> None:
         nulls = np.asarray(pc.is_null(as_array(table.column(column)), nan_is_null=True))
         _refuse(table, schema, nulls, column, "a key is null; every request needs its key, user and time")
     kind = table.column(schema.keys.time).type
-    if not is_time(kind):
+    if not is_time_type(kind):
         raise DataError(
             f"column '{schema.keys.time}' (keys.time) has type {kind}; use timestamps, or numbers since the epoch"
         )
@@ -179,4 +179,4 @@ def _leaking_events(table: pa.Table, schema: Schema, feature: Feature) -> int:
         return 0
     lengths, times = list_parts(as_array(table.column(feature.time)))
     asked = np.repeat(epoch_seconds(table.column(schema.keys.time)), lengths)
-    return int((epoch_seconds(times) >= asked).sum())
+    return int((epoch_seconds(times, feature.time) >= asked).sum())

@@ -9,6 +9,7 @@ manifest is published last; a build that fails leaves nothing.
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from roo_ray.storage import open_filesystem
 
 Progress = Callable[[str], None]
 BUCKET_BYTES = 128_000_000  # of rows in memory; grouping takes about three times that
+SMALL_BUCKET_BYTES = 8_000_000  # a small log is cut into up to MIN_BUCKETS of these, to use the cores
 MIN_BUCKETS = 4
 
 
@@ -114,6 +116,11 @@ class BuildTask:
             return ledger.footer_bytes(pq.read_metadata(file), self.schema.columns)
 
 
+def default_buckets(size: int) -> int:
+    """Hash buckets for a log of ``size`` bytes in memory."""
+    return max(min(MIN_BUCKETS, -(-size // SMALL_BUCKET_BYTES)), -(-size // BUCKET_BYTES), 1)
+
+
 def _refuse_repeated_requests(requests: pa.Table, schema: Schema) -> None:
     hashes = np.sort(hash_rows(requests, schema.keys.request))
     repeated = int((hashes[1:] == hashes[:-1]).sum())
@@ -140,13 +147,12 @@ def build_requests(config: Config, progress: Progress) -> Manifest:
     task = BuildTask(
         data_set=config.requests,
         staging=f"_staging/{build_id}",
-        folder=f"data/v{version:06d}",
+        folder=f"data/v{version:06d}-{build_id}",
         schema=config.request_schema,
         build=config.build,
         source=source,
-        buckets=config.build.buckets or max(MIN_BUCKETS, -(-size // BUCKET_BYTES)),
+        buckets=config.build.buckets or default_buckets(size),
     )
-    _remove(config.requests, task.folder)  # what a build of this version that was killed left behind
     published = False
     try:
         manifest = _run(task, units, version, progress)
@@ -163,12 +169,28 @@ def build_requests(config: Config, progress: Progress) -> Manifest:
     return manifest
 
 
+def every_seconds(seconds: float) -> Callable[[], bool]:
+    """A function that is true at most once in so many seconds."""
+    last = time.monotonic()
+
+    def due() -> bool:
+        nonlocal last
+        if time.monotonic() - last < seconds:
+            return False
+        last = time.monotonic()
+        return True
+
+    return due
+
+
 def _run(task: BuildTask, units: list[ReadUnit], version: int, progress: Progress) -> Manifest:
     total = sum(unit.rows for unit in units)
     dealt = 0
+    time_for_a_line = every_seconds(2.0)
     for done, result in enumerate(_map(task.deal, units), start=1):
         dealt += result["rows"]
-        progress(f"reading: {done}/{len(units)} units, {dealt:,}/{total:,} rows")
+        if time_for_a_line() or done == len(units):
+            progress(f"reading: {done}/{len(units)} units, {dealt:,}/{total:,} rows")
     files: list[ShardFile] = []
     counts: dict[str, int] = {}
     costs: ledger.Costs = {}
@@ -177,7 +199,8 @@ def _run(task: BuildTask, units: list[ReadUnit], version: int, progress: Progres
         for name, value in result["counts"].items():
             counts[name] = counts.get(name, 0) + value
         ledger.add_costs(costs, result["costs"])
-        progress(f"grouping: {done}/{task.buckets} buckets, {sum(f.requests for f in files):,} requests")
+        if time_for_a_line() or done == task.buckets:
+            progress(f"grouping: {done}/{task.buckets} buckets, {sum(f.requests for f in files):,} requests")
     impression_rows = units[0].kind == "impressions"
     written = sum(f.impressions if impression_rows else f.requests for f in files)
     if not total == dealt == counts.get("rows_read", 0) == written:
@@ -224,6 +247,6 @@ def _remove(data_set: str, folder: str) -> None:
     if filesystem.get_file_info(f"{base}/{folder}").type == pafs.FileType.Directory:
         filesystem.delete_dir(f"{base}/{folder}")
     parent = os.path.dirname(f"{base}/{folder}")
-    if os.path.basename(parent) == "_staging" and filesystem.get_file_info(parent).type == pafs.FileType.Directory:
-        if not filesystem.get_file_info(pafs.FileSelector(parent)):
-            filesystem.delete_dir(parent)
+    left = filesystem.get_file_info(pafs.FileSelector(parent, allow_not_found=True))
+    if os.path.basename(parent) == "_staging" and not left and filesystem.get_file_info(parent).type.name != "NotFound":
+        filesystem.delete_dir(parent)

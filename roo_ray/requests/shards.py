@@ -18,7 +18,7 @@ from roo_ray.lists import as_array, list_parts
 from roo_ray.requests.grouping import NUM_IMPRESSIONS
 from roo_ray.requests.hashing import hash_rows
 from roo_ray.requests.manifest import ShardFile, Unit
-from roo_ray.requests.times import epoch_seconds, utc_days
+from roo_ray.requests.times import day_name, epoch_seconds, utc_days
 from roo_ray.schema import Schema
 from roo_ray.storage import open_filesystem
 
@@ -32,7 +32,7 @@ def day_slices(table: pa.Table, schema: Schema) -> Iterator[tuple[str, pa.Table]
     cuts = np.flatnonzero(days[order][1:] != days[order][:-1]) + 1
     for rows in np.split(order, cuts):
         if len(rows):
-            yield str(days[rows[0]]), table.take(pa.array(rows))
+            yield day_name(int(days[rows[0]])), table.take(pa.array(rows))
 
 
 def _tokens(table: pa.Table, schema: Schema) -> np.ndarray[Any, np.dtype[np.int64]]:

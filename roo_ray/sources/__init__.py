@@ -7,6 +7,7 @@ from roo_ray.schema import Schema
 from roo_ray.sources.base import Source as RowSource
 from roo_ray.sources.ebnerd import open_ebnerd
 from roo_ray.sources.impressions import open_impressions
+from roo_ray.sources.synthetic import require_complete
 
 
 def open_source(source: Source, schema: Schema) -> RowSource:
@@ -15,6 +16,7 @@ def open_source(source: Source, schema: Schema) -> RowSource:
     Raises DataError where its files are missing, broken or do not fit the schema.
     """
     if isinstance(source, SyntheticSource):
+        require_complete(source.path)
         return open_impressions([source.path], schema)
     if isinstance(source, ImpressionSource):
         return open_impressions(source.path, schema)

@@ -17,6 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from roo_ray.config import Config
 from roo_ray.errors import ConfigError, RooError
+from roo_ray.ingest.plan import plan_digest
 from roo_ray.requests.manifest import Manifest, load_manifest
 from roo_ray.schema import Schema
 from roo_ray.storage import open_filesystem
@@ -70,6 +71,7 @@ def mean_ids_per_request(schema: Schema, manifest: Manifest) -> dict[str, float]
 
 def make_job(config: Config, manifest: Manifest, mode: Any, run: RunHandle, board: Any) -> WorkerJob:
     """What the workers get."""
+    spare = ray.cluster_resources().get("CPU", 0) - config.training.workers * config.ray.cpus_per_worker
     impressions_per_request = max(manifest.impressions / max(manifest.requests, 1), 1.0)
     return WorkerJob(
         mode=mode,
@@ -80,6 +82,10 @@ def make_job(config: Config, manifest: Manifest, mode: Any, run: RunHandle, boar
         requests_per_step=config.ingest.lanes * config.ingest.batch_impressions / impressions_per_request,
         run=run,
         board=board,
+        ingest_digest=plan_digest(
+            manifest, config.request_schema.digest, config.ingest, config.holdout, config.training.seed
+        ),
+        reader_cpus=max(1.0, spare / config.training.workers),
     )
 
 
@@ -211,7 +217,8 @@ def evaluate(config: Config, checkpoint: str, run_name: str, say: Say) -> Traini
     try:
         with progress_board(say) as board, readable_failures():
             job = make_job(config, manifest, "evaluate", run, board)
-            metrics = make_trainer(replace(job, checkpoint=checkpoint), run_name).fit().metrics or {}
+            make_trainer(replace(job, checkpoint=checkpoint), run_name).fit()
+            metrics = ray.get(board.kept.remote())
         logger.metrics(metrics)
         succeeded = True
     finally:

@@ -30,6 +30,15 @@ class ProgressBoard:
 
     def __init__(self) -> None:
         self._lines: list[str] = []
+        self._kept: dict[str, float] = {}
+
+    def keep(self, result: dict[str, float]) -> None:
+        """Holds a result for the driver (Ray Train hands metrics on with checkpoints alone)."""
+        self._kept = result
+
+    def kept(self) -> dict[str, float]:
+        """The last result held."""
+        return self._kept
 
     def post(self, line: str) -> None:
         """Adds a line."""

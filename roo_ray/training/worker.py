@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import ray
 import ray.train
 import torch
 import torch.distributed as dist
 from ray.train.torch import get_device
 
 from roo_ray.config import Config
+from roo_ray.errors import ConfigError
 from roo_ray.ingest.stream import RankStream, Step, StreamSettings
 from roo_ray.metrics.collection import RankingMetrics
 from roo_ray.models.losses import ranking_loss
@@ -101,6 +103,7 @@ class Worker:
             seed=self.config.training.seed,
             epochs=tuple(range(self.epochs_done, self.config.training.epochs)) if training else (0,),
             mode="shuffled" if training else "sequential",
+            reader_cpus=self.job.reader_cpus,
         )
         return RankStream(settings, self.rank, self.world)
 
@@ -182,9 +185,16 @@ class Worker:
             self.job.board.post.remote(line)
 
     def restore(self, source: ray.train.Checkpoint) -> None:
-        """Loads a checkpoint and takes its position."""
+        """Loads a checkpoint and takes its position. Raises ConfigError where training would go on in another
+        order (other data, schema, seed, lanes, budgets or holdout)."""
         with source.as_directory() as folder:
             state = checkpoint.load(folder, self.model)
+        if self.job.mode == "train" and state.ingest_digest != self.job.ingest_digest:
+            raise ConfigError(
+                f"run at {source.path} was trained in another order: data version {state.data_version} "
+                f"(now {self.job.data_version}), or schema, seed, ingest or holdout settings have changed; "
+                "restore them, or choose another run_name"
+            )
         self.epochs_done, self.steps_done = state.epoch, state.step
 
     def report(self, metrics: dict[str, float]) -> None:
@@ -196,7 +206,7 @@ class Worker:
             model=self.config.model,
             data_version=self.job.data_version,
             data_digest=self.job.data_digest,
-            ingest_digest="",
+            ingest_digest=self.job.ingest_digest,
             metrics=checkpoint.finite(metrics),
         )
         self.logger.flush()
@@ -217,7 +227,9 @@ def train_worker(loop_config: dict[str, WorkerJob]) -> None:
     if job.mode == "evaluate":
         assert job.checkpoint is not None
         worker.restore(ray.train.Checkpoint(job.checkpoint))
-        ray.train.report(worker.evaluate(worker.stream("evaluation")))
+        metrics = worker.evaluate(worker.stream("evaluation"))
+        if worker.rank == 0:
+            ray.get(job.board.keep.remote(metrics))
         return
     if found is not None:
         worker.restore(found)
