@@ -51,9 +51,7 @@ def test_explode_gives_the_log_back(rows: list[dict[str, Any]]) -> None:
 
 
 def test_no_position_and_no_impression_key_is_still_deterministic() -> None:
-    plain = schema().model_copy(
-        update={"keys": schema().keys.model_copy(update={"position": None, "impression": []})}
-    )
+    plain = schema().model_copy(update={"keys": schema().keys.model_copy(update={"position": None, "impression": []})})
     rows = [base_row(item=i % 3, clicked=i % 2) for i in range(6)]
     one, other = (group_impressions(to_table(r), plain)[0] for r in (rows, rows[::-1]))
     assert one.equals(other)
