@@ -1,39 +1,76 @@
-"""Which requests are trained on and which are held out for evaluation."""
+"""Which part of a data set is trained on and which is held out for evaluation.
+
+By day: whole files (a file holds one day). By request: rows, by a stable hash of the request key, so that the
+same request is on the same side in every run, for every number of lanes and files.
+"""
 
 from __future__ import annotations
-
-from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from roo_ray.config import Holdout
-from roo_ray.errors import ConfigError
-from roo_ray.requests.hashing import Hashes, mix64
+from roo_ray.errors import DataError
+from roo_ray.ingest.plan import Side, units_of
+from roo_ray.ingest.read import read_units
+from roo_ray.requests.hashing import Hashes, hash_rows, mix64
 from roo_ray.requests.manifest import Manifest, ShardFile
+from roo_ray.schema import Schema
 
-Side = Literal["train", "evaluation"]
-_SALT = np.uint64(0x5E1F0D)
+# Buckets of build tasks come from the same key hash; without a salt a holdout could coincide with buckets.
+_SALT = np.uint64(0x5EED_0F_401D_0007)
+
+# Below this expected number of requests a side might be empty by chance, and is counted exactly:
+# above it the chance is under exp(-30).
+_SURELY_NOT_EMPTY = 30
 
 
-def files_of_side(manifest: Manifest, holdout: Holdout, side: Side) -> list[ShardFile]:
-    """The files that hold requests of a side. Raises ConfigError where a side would be empty."""
+def select_files(manifest: Manifest, holdout: Holdout, side: Side) -> list[ShardFile]:
+    """The files that a side reads, in the manifest's order; by request, both sides read all files.
+
+    Raises DataError where the split leaves a side without data.
+    """
+    if not manifest.requests:
+        raise DataError(f"version {manifest.version} of the data set has no requests; build it from more data")
     if holdout.by == "request":
         return list(manifest.files)
-    days = manifest.days
-    if len(days) <= holdout.days:
-        raise ConfigError(
-            f"holdout.days is {holdout.days} and the data set has {len(days)} days ({', '.join(days)}): nothing "
-            "would be left to train on; lower holdout.days, or hold out by: request"
+    days = sorted({file.day for file in manifest.files if file.requests})
+    if holdout.days >= len(days):
+        raise DataError(
+            f"the data has {len(days)} day(s) ({days[0]} to {days[-1]}), and holding out the last "
+            f"{holdout.days} leaves nothing to train on; lower holdout.days, or set holdout.by=request"
         )
     held_out = set(days[-holdout.days :])
     return [file for file in manifest.files if (file.day in held_out) == (side == "evaluation")]
 
 
-def rows_of_side(request_hash: Hashes, holdout: Holdout, side: Side) -> npt.NDArray[np.bool_] | None:
-    """(requests,) whether a request is of the side, by the hash of its key; None where all are."""
+def rows_of_side(keys: Hashes, holdout: Holdout, side: Side) -> npt.NDArray[np.bool_] | None:
+    """Which rows belong to a side: keys (N,) uint64 are request key hashes -> (N,) bool, None for all."""
     if holdout.by == "day":
         return None
-    share: Any = mix64(request_hash ^ _SALT).astype(np.float64) / 2.0**64
-    held_out: npt.NDArray[np.bool_] = share < holdout.fraction
+    held_out: npt.NDArray[np.bool_] = mix64(keys ^ _SALT) < np.uint64(int(holdout.fraction * 2**64))
     return held_out if side == "evaluation" else ~held_out
+
+
+def check_sides(data_set: str, manifest: Manifest, schema: Schema, holdout: Holdout) -> None:
+    """Raises DataError where the training or the evaluation side would be empty.
+
+    By request, reads the request keys only where the data is so small that a side may be empty by chance.
+    """
+    files = select_files(manifest, holdout, "train")
+    if holdout.by == "day":
+        return
+    smaller = min(holdout.fraction, 1 - holdout.fraction)
+    if manifest.requests * smaller >= _SURELY_NOT_EMPTY:
+        return
+    units = units_of(files)
+    refs = [units.ref(unit) for unit in range(len(units.file))]
+    keys = hash_rows(read_units(data_set, refs, schema.keys.request), schema.keys.request)
+    held_out = rows_of_side(keys, holdout, "evaluation")
+    assert held_out is not None
+    for name, count in (("evaluate", held_out.sum()), ("train", len(held_out) - held_out.sum())):
+        if count == 0:
+            raise DataError(
+                f"{data_set}: holdout.fraction={holdout.fraction} of {manifest.requests} requests leaves "
+                f"nothing to {name} on; change holdout.fraction or build from more data"
+            )

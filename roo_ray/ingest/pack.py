@@ -1,38 +1,49 @@
-"""The reading function: a window of units to packed batches, in Arrow and NumPy, without a loop over rows.
+"""The reading function: a window of row groups in, packed batches out. Pure Arrow and NumPy: no torch, no Ray.
 
-It runs wherever the reader wants: in Ray Data tasks or in a thread of the trainer. A packed batch is an Arrow
-table with a row per request whose columns are numbers or lists of numbers, one for each tensor of
-``RequestBatch``; ``tensors`` turns their buffers into tensors as they are.
+It runs in Ray Data tasks or in a thread of the trainer, with the same result to the bit. Requests are packed
+greedily, in order, up to the budget of impressions; a request above the budget is a batch of its own; packing
+never crosses a window, and nothing is dropped.
+
+A packed window is a table with a row per batch. Every column but the tags holds, per batch, the flat values of
+one tensor of ``RequestBatch``, so that a tensor is a view of a child buffer:
+
+``epoch``, ``lane``, ``window``, ``batch``, ``batches``  tags, int64; ``batch`` counts from 0 to ``batches`` - 1
+                                   in its window. A window without requests is one row, ``batch`` -1 of 0.
+``num_impressions``, ``request_key``, ``user_key``       int64, B_RO values; ``request_time`` float64
+``impression_index``                                     int64, B_NRO values
+``request_dense``, ``impression_dense``                  float32, rows x width values; only where width > 0
+``ids:KEY``                        int64, KEY as in ``request_ids`` and ``impression_ids``
+``lengths:NAME``                   int64: of the lists of a sequence or of a pooled id feature
+``sequence_dense:NAME``            float32, T x C values, only where C > 0; ``sequence_time:NAME`` float64, T
+``labels``, ``weights``            float32, B_NRO x K values; ``oracle`` only where a label names one
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from roo_ray.config import Holdout
 from roo_ray.errors import DataError
-from roo_ray.ingest.holdout import Side, rows_of_side
-from roo_ray.ingest.plan import Window
-from roo_ray.lists import as_array, is_list, list_parts, offsets_of, starts_of, value_positions
-from roo_ray.requests.grouping import NUM_IMPRESSIONS, describe_request
+from roo_ray.ingest.columns import Where, dense_of, ids_of, labels_of, oracle_of, seconds_of
+from roo_ray.ingest.holdout import rows_of_side
+from roo_ray.ingest.lists import Lists, split_lists
+from roo_ray.ingest.plan import Side, Window, permutation
+from roo_ray.ingest.read import NUM_IMPRESSIONS, columns_to_read, read_units
 from roo_ray.requests.hashing import hash_array, hash_rows
-from roo_ray.requests.shards import read_row_group
-from roo_ray.requests.times import epoch_seconds
-from roo_ray.schema import Feature, Schema
+from roo_ray.schema import Feature, Level, Schema
 
-Lengths = npt.NDArray[np.int64]
+Integers = npt.NDArray[np.int64]
+TAGS = ("epoch", "lane", "window", "batch", "batches")
 
 
 @dataclass(frozen=True)
 class PackSettings:
-    """What a window's batches depend on beside the window. ``batch_impressions``: the budget of a batch."""
+    """What the reading function needs beside a window."""
 
     data_set: str
     schema: Schema
@@ -41,216 +52,280 @@ class PackSettings:
     batch_impressions: int
 
 
-def pack_window(window: Window, settings: PackSettings) -> Iterator[pa.Table]:
-    """The packed batches of a window, in order: every request of the side in exactly one of them.
-
-    Batches are filled up to ``batch_impressions``; a request with more gets a batch of its own. Raises DataError
-    that names file, column and request for what does not fit the schema.
-    """
-    columns = [*settings.schema.columns, NUM_IMPRESSIONS]
-    tables = []
-    for unit in window.units:
-        table = read_row_group(settings.data_set, unit.path, unit.row_group, columns)
-        try:
-            tables.append(pack(_side_only(table, settings), settings.schema))
-        except DataError as error:
-            raise DataError(f"{settings.data_set}/{unit.path}: {error}") from None
-    packed = pa.concat_tables(tables).combine_chunks()
-    if window.seed is not None:
-        order = np.random.default_rng(window.seed).permutation(packed.num_rows)
-        packed = packed.take(pa.array(order)).combine_chunks()
-    impressions = np.asarray(as_array(packed.column("num_impressions")))
-    for start, stop in batch_bounds(impressions, settings.batch_impressions):
-        yield packed.slice(start, stop - start)
+def batch_bounds(counts: Integers, budget: int) -> Integers:
+    """(batches + 1,) int64: the first request of each batch, and the end, when requests of ``counts`` (B,)
+    impressions are packed in order up to ``budget``; one above the budget is a batch of its own."""
+    ends = np.cumsum(counts)
+    bounds = [0]
+    while bounds[-1] < len(counts):
+        start = bounds[-1]
+        before = int(ends[start - 1]) if start else 0
+        bounds.append(max(int(np.searchsorted(ends, before + budget, side="right")), start + 1))
+    return np.array(bounds, np.int64)
 
 
-def _side_only(table: pa.Table, settings: PackSettings) -> pa.Table:
-    kept = rows_of_side(hash_rows(table, settings.schema.keys.request), settings.holdout, settings.side)
-    return (table if kept is None else table.filter(pa.array(kept))).combine_chunks()
+def _at(lengths: Integers, bounds: Integers) -> Integers:
+    """Where batches begin in the elements of lists of ``lengths``, given where they begin in the lists."""
+    return np.concatenate([[0], np.cumsum(lengths)])[bounds]
 
 
-def batch_bounds(impressions: npt.NDArray[np.integer[Any]], budget: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of batches over requests in order: as many requests as fit the budget, at least one."""
-    ends = np.cumsum(impressions, dtype=np.int64)
-    start, used = 0, 0
-    while start < len(ends):
-        stop = max(int(np.searchsorted(ends, used + budget, side="right")), start + 1)
-        yield start, stop
-        start, used = stop, int(ends[stop - 1])
+def _owners(lengths: Integers) -> Callable[[int], int]:
+    """Which list an element of flattened lists is in."""
+    return lambda element: int(np.searchsorted(np.cumsum(lengths), element, side="right"))
 
 
-def pack(table: pa.Table, schema: Schema) -> pa.Table:
-    """Request rows -> packed rows: ids hashed or checked, histories cut, nulls filled, labels and weights."""
-    lengths = np.asarray(as_array(table.column(NUM_IMPRESSIONS))).astype(np.int64)
-    columns: dict[str, pa.Array] = {
-        "num_impressions": pa.array(lengths),
-        "request_key": pa.array(hash_rows(table, schema.keys.request).view(np.int64)),
-        "user_key": pa.array(hash_rows(table, [schema.keys.user]).view(np.int64)),
-        "request_time": pa.array(epoch_seconds(table.column(schema.keys.time))),
-        "impression_index": _lists(lengths, value_positions(np.zeros_like(lengths), lengths)),
-    }
-    for level in ("request", "impression"):
-        per_row = np.ones_like(lengths) if level == "request" else lengths
-        dense = [
-            _dense(table, schema, feature, column)
-            for feature in schema.select(level, "dense")  # type: ignore[arg-type]
-            for column in feature.columns
-        ]
-        columns[f"{level}_dense"] = _interleaved(per_row, dense)
-    for feature in schema.features:
-        if feature.kind == "sequence":
-            columns |= _sequence(table, schema, feature)
-        elif feature.kind == "ids":
-            columns |= _ids(table, schema, feature, lengths)
-    columns |= _labels(table, schema, lengths)
-    return pa.table(columns)
+class _WindowRows:
+    """The requests of a window in packed order: ``rows`` (B,) int64 are their rows in the table as read."""
 
+    def __init__(self, settings: PackSettings, window: Window) -> None:
+        self.settings, self.window, self.schema = settings, window, settings.schema
+        self.table = read_units(settings.data_set, window.units, columns_to_read(self.schema))
+        keys = hash_rows(self.table, self.schema.keys.request)
+        mine = rows_of_side(keys, settings.holdout, settings.side)
+        self.rows = np.arange(self.table.num_rows) if mine is None else np.flatnonzero(mine)
+        if window.shuffle is not None:
+            self.rows = self.rows[permutation(len(self.rows), window.shuffle)]
+        self.keys = keys[self.rows].view(np.int64)  # (B,)
+        self.counts = self._counts()  # (B,)
+        self._aligned: tuple[Integers, Integers] | None = None
 
-def _lists(lengths: Lengths, values: npt.NDArray[Any]) -> pa.Array:
-    return pa.ListArray.from_arrays(offsets_of(lengths), pa.array(values))
+    def column(self, name: str) -> pa.Array:
+        """A column as read, as one array."""
+        column = self.table.column(name)
+        array = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+        if pa.types.is_fixed_size_list(array.type):
+            array = array.cast(pa.list_(array.type.value_type))
+        return array
 
+    def values(self, name: str) -> pa.Array:
+        """(B,): a request-level column in packed order."""
+        return self.column(name).take(pa.array(self.rows))
 
-def _interleaved(per_row: Lengths, columns: list[npt.NDArray[np.float32]]) -> pa.Array:
-    """Lists of ``width`` floats for each of a row's values: column j of value i at i * width + j."""
-    if not columns:
-        return _lists(np.zeros_like(per_row), np.zeros(0, np.float32))
-    return _lists(per_row * len(columns), np.stack(columns, axis=1).ravel())
+    def where(self, request: int) -> str:
+        """Names a request, by its place in packed order, and its file: for error messages."""
+        if not len(self.rows):
+            return self.settings.data_set
+        row = int(self.rows[request])
+        key = ", ".join(f"{name}={self.table.column(name)[row]}" for name in self.schema.keys.request)
+        ends = np.cumsum([unit.requests for unit in self.window.units])
+        path = self.window.units[int(np.searchsorted(ends, row, side="right"))].path
+        return f"request {key} of {self.settings.data_set}/{path}"
 
-
-def _refuse(
-    table: pa.Table, schema: Schema, column: str, wrong: npt.NDArray[np.bool_], why: Callable[[int], str]
-) -> None:
-    """Raises DataError for the first wrong value of a (list) column; ``why`` gets its position."""
-    if not wrong.any():
-        return
-    position = int(np.flatnonzero(wrong)[0])
-    row = position
-    array = as_array(table.column(column))
-    if is_list(array.type):
-        row = int(np.searchsorted(np.cumsum(list_parts(array)[0]), position, side="right"))
-    raise DataError(
-        f"column '{column}', request {describe_request(table, schema, row)}: {why(position)} "
-        f"({int(wrong.sum())} values are like this)"
-    )
-
-
-def _flat(table: pa.Table, column: str) -> pa.Array:
-    array = as_array(table.column(column))
-    return list_parts(array)[1] if is_list(array.type) else array
-
-
-def _floats(array: pa.Array, fill: float) -> npt.NDArray[np.float64]:
-    return np.asarray(pc.fill_null(array.cast(pa.float64()), fill))
-
-
-def _scaled(values: npt.NDArray[np.float64], scale: str) -> npt.NDArray[np.float32]:
-    return (np.log1p(np.maximum(values, 0)) if scale == "log1p" else values).astype(np.float32)
-
-
-def _dense(table: pa.Table, schema: Schema, feature: Feature, column: str) -> npt.NDArray[np.float32]:
-    values = _floats(_flat(table, column), np.nan)
-    missing = np.isnan(values)
-    if feature.fill is None:
-        why = f"null or NaN, and feature '{feature.name}' has no fill; set fill in the schema"
-        _refuse(table, schema, column, missing, lambda _: why)
-    else:
-        values = np.where(missing, feature.fill, values)
-    return _scaled(values, feature.scale)
-
-
-def _table_ids(table: pa.Table, schema: Schema, column: str, name: str, ids: pa.Array) -> npt.NDArray[np.int64]:
-    """Rows of an embedding table for ids without nulls: hashed, or checked to be inside."""
-    spec = schema.tables[name]
-    if spec.hash:
-        return (hash_array(ids) % np.uint64(spec.rows)).astype(np.int64)
-    if pa.types.is_null(ids.type):
-        return np.zeros(0, np.int64)
-    if not pa.types.is_integer(ids.type):
-        raise DataError(f"column '{column}' has ids of type {ids.type} and table '{name}' is not hashed")
-    values = np.asarray(ids).astype(np.int64)
-    outside = (values < 0) | (values >= spec.rows)
-    if outside.any():
-        shown = values[np.flatnonzero(outside)[0]]
-        message = f"id {shown} is outside table '{name}' of {spec.rows} rows; raise its rows or set hash: true"
-        flat = len(_flat(table, column)) == len(values)
-        _refuse(table, schema, column, outside if flat else np.ones(1, np.bool_), lambda _: message)
-    return values
-
-
-def _ids(table: pa.Table, schema: Schema, feature: Feature, impressions: Lengths) -> dict[str, pa.Array]:
-    column, name = feature.columns[0], feature.table or ""
-    values = _flat(table, column) if feature.level == "impression" else as_array(table.column(column))
-    per_row = np.ones_like(impressions) if feature.level == "request" else impressions
-    key = f"ids:{feature.name}"
-    if feature.pooling == "none":
-        if values.null_count:
-            if feature.fill_id is None:
-                why = f"null id, and feature '{feature.name}' has no fill_id; set fill_id in the schema"
-                _refuse(table, schema, column, np.asarray(pc.is_null(values)), lambda _: why)
-            nulls = np.asarray(pc.is_null(values))
-            found = np.full(len(values), feature.fill_id, np.int64)
-            found[~nulls] = _table_ids(table, schema, column, name, values.drop_null())
-        else:
-            found = _table_ids(table, schema, column, name, values)
-        return {key: _lists(per_row, found)}
-    if is_list(values.type):
-        bag_lengths, bag = list_parts(values)
-        if bag.null_count:
-            raise DataError(f"column '{column}': {bag.null_count} null ids inside lists; take them out")
-    else:  # a scalar is a list of one, null the empty list
-        bag_lengths, bag = np.asarray(pc.is_valid(values)).astype(np.int64), values.drop_null()
-    kept = np.minimum(bag_lengths, feature.max_length) if feature.max_length else bag_lengths
-    found = _table_ids(table, schema, column, name, bag)[value_positions(starts_of(bag_lengths), kept)]
-    if feature.level == "request":
-        return {key: _lists(kept, found)}
-    sums = np.concatenate([[0], np.cumsum(kept)])
-    ends = np.cumsum(impressions)
-    return {
-        key: _lists(sums[ends] - sums[ends - impressions], found),
-        f"lengths:{feature.name}": _lists(per_row, kept),
-    }
-
-
-def _sequence(table: pa.Table, schema: Schema, feature: Feature) -> dict[str, pa.Array]:
-    """A sequence's id lists, dense values and times, cut to the last ``max_length`` events."""
-    lengths, _ = list_parts(as_array(table.column(feature.sequence[0].column)))
-    kept = np.minimum(lengths, feature.max_length or 0)
-    positions = value_positions(starts_of(lengths) + lengths - kept, kept)
-    cut = {}
-    for column in feature.source_columns:
-        found, values = list_parts(as_array(table.column(column)))
-        unequal = found != lengths
-        if unequal.any():
-            row = int(np.flatnonzero(unequal)[0])
+    def _counts(self) -> Integers:
+        column = self.values(NUM_IMPRESSIONS)
+        counts = np.asarray(column.fill_null(0)).astype(np.int64)
+        if (counts < 1).any():
+            at = int(np.argmax(counts < 1))
             raise DataError(
-                f"column '{column}', request {describe_request(table, schema, row)}: the list has {found[row]} "
-                f"values and '{feature.sequence[0].column}' has {lengths[row]}; they must be aligned"
+                f"column '{NUM_IMPRESSIONS}' is {column[at]} in {self.where(at)}; a request has at least one "
+                "impression: build the data set again"
             )
-        cut[column] = values.take(pa.array(positions))
-    packed = {}
-    for item in feature.sequence_ids:
-        if cut[item.column].null_count:
-            raise DataError(f"column '{item.column}' of sequence '{feature.name}' has null ids; fill them")
-        ids = _table_ids(table, schema, item.column, item.table or "", cut[item.column])
-        packed[f"ids:{feature.name}.{item.column}"] = _lists(kept, ids)
-    dense = [_scaled(np.nan_to_num(_floats(cut[c.column], 0.0)), c.scale) for c in feature.sequence_dense]
-    packed[f"dense:{feature.name}"] = _interleaved(kept, dense)
-    if feature.time:
-        packed[f"time:{feature.name}"] = _lists(kept, epoch_seconds(cut[feature.time], feature.time))
-    return packed
+        return counts
+
+    def lists(self, name: str) -> Lists:
+        """The lists of a column as read (in stored order). Raises DataError where it holds no lists."""
+        array = self.column(name)
+        try:
+            return split_lists(array)
+        except TypeError:
+            raise DataError(
+                f"column '{name}' holds {array.type}, and the schema needs a list per request, in "
+                f"{self.where(0)}; correct the schema, or build the data set again with it"
+            ) from None
+
+    def _index(self, lists: Lists) -> Integers:
+        """(B_NRO,) int64 into the flat values; aligned columns, whose lists lie alike, share one index."""
+        if self._aligned is None or not np.array_equal(self._aligned[0], lists.starts):
+            self._aligned = (lists.starts, lists.select(self.rows).index)
+        return self._aligned[1]
+
+    def impressions(self, name: str) -> tuple[pa.Array, Integers]:
+        """(flat values as read, index (B_NRO,) into them of each impression in packed order).
+
+        Raises DataError where a request's list is not as long as its number of impressions.
+        """
+        lists = self.lists(name)
+        lengths = lists.lengths[self.rows]
+        wrong = lengths != self.counts
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            raise DataError(
+                f"column '{name}' has {lengths[at]} values for {self.counts[at]} impressions in "
+                f"{self.where(at)}; build the data set again"
+            )
+        return lists.values, self._index(lists)
+
+    def where_impression(self, impression: int) -> str:
+        """Names the request of an impression, by its place in packed order."""
+        return self.where(_owners(self.counts)(impression))
+
+    def where_element(self, lengths: Integers, list_where: Where) -> Where:
+        """Names an element of flattened lists of ``lengths`` by what names its list."""
+        owner = _owners(lengths)
+        return lambda element: list_where(owner(element))
 
 
-def _labels(table: pa.Table, schema: Schema, impressions: Lengths) -> dict[str, pa.Array]:
-    labels, weights, oracles = [], [], []
-    for label in schema.labels:
-        values = _flat(table, label.column)
-        known = np.asarray(pc.is_valid(values))
-        numbers = _floats(values, 0.0)
-        why = "a label is NaN; write null for an unknown label"
-        _refuse(table, schema, label.column, np.isnan(numbers), lambda _, why=why: why)  # type: ignore[misc]
-        labels.append(numbers.astype(np.float32))
-        weights.append(known.astype(np.float32))
-        oracle = _floats(_flat(table, label.oracle), np.nan) if label.oracle else np.full(len(numbers), np.nan)
-        oracles.append(oracle.astype(np.float32))
-    parts = {"labels": labels, "weights": weights, "oracle": oracles}
-    return {name: _interleaved(impressions, columns) for name, columns in parts.items()}
+def _take(values: pa.Array, index: Integers) -> pa.Array:
+    return values.take(pa.array(index))
+
+
+class _Packer:
+    """Collects the columns of a packed window."""
+
+    def __init__(self, rows: _WindowRows, bounds: Integers) -> None:
+        self.rows, self.schema = rows, rows.schema
+        self.of_requests = bounds  # (batches + 1,) first request of each batch
+        self.of_impressions = _at(rows.counts, bounds)  # (batches + 1,)
+        self.columns: dict[str, pa.Array] = {}
+
+    def add(self, name: str, values: npt.NDArray[np.generic], bounds: Integers) -> None:
+        """Adds a column: values (T, ...) of all batches, cut at ``bounds`` (batches + 1,) of their rows."""
+        width = int(np.prod(values.shape[1:], dtype=np.int64))
+        flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+        self.columns[name] = pa.LargeListArray.from_arrays(pa.array(bounds * width), flat)
+
+    def dense(self, level: Level) -> None:
+        """The dense features of a level."""
+        parts = []
+        for feature in self.schema.select(level, "dense"):
+            for name in feature.columns:
+                where: Where = self.rows.where
+                if level == "request":
+                    values = self.rows.values(name)
+                else:
+                    values, where = _take(*self.rows.impressions(name)), self.rows.where_impression
+                parts.append(dense_of(values, name, where, feature.fill, feature.scale))
+        if parts:
+            bounds = self.of_requests if level == "request" else self.of_impressions
+            self.add(f"{level}_dense", np.stack(parts, 1), bounds)
+
+    def ids(self, feature: Feature) -> None:
+        """An id feature of either level: one id, or a bag cut to its first ``max_length``."""
+        rows, name = self.rows, feature.columns[0]
+        assert feature.table is not None
+        table = self.schema.tables[feature.table]
+        where: Where
+        if feature.level == "request":
+            stored, index, bounds, where = rows.column(name), rows.rows, self.of_requests, rows.where
+        else:
+            stored, index = rows.impressions(name)
+            bounds, where = self.of_impressions, rows.where_impression
+        if feature.pooling == "none":
+            if isinstance(stored, (pa.ListArray, pa.LargeListArray)):
+                raise DataError(
+                    f"column '{name}' holds lists, and feature '{feature.name}' takes one id, in {where(0)}; "
+                    "give the feature a pooling (sum or mean)"
+                )
+            values = ids_of(_take(stored, index), name, feature.table, table, where, feature.fill_id)
+            self.add(f"ids:{feature.name}", values, bounds)
+            return
+        try:
+            bags = split_lists(stored)
+        except TypeError:
+            bags = Lists.of_scalars(stored)
+        chosen = bags.select(index, first=feature.max_length)
+        where = rows.where_element(chosen.lengths, where)
+        values = ids_of(_take(bags.values, chosen.index), name, feature.table, table, where, feature.fill_id)
+        self.add(f"lengths:{feature.name}", chosen.lengths, bounds)
+        self.add(f"ids:{feature.name}", values, _at(chosen.lengths, bounds))
+
+    def sequence(self, feature: Feature) -> None:
+        """An event sequence: aligned columns, cut to the last ``max_length`` events."""
+        rows = self.rows
+        lengths = rows.lists(feature.source_columns[0]).lengths[rows.rows]
+        cut: tuple[Integers, Integers] | None = None  # the starts of lists, and the index that they give
+
+        def events(name: str) -> pa.Array:
+            nonlocal cut
+            lists = rows.lists(name)
+            own = lists.lengths[rows.rows]
+            if (own != lengths).any():
+                at = int(np.argmax(own != lengths))
+                raise DataError(
+                    f"sequence '{feature.name}': column '{name}' has {own[at]} events and "
+                    f"'{feature.source_columns[0]}' {lengths[at]} in {rows.where(at)}; the columns "
+                    "of a sequence must be aligned"
+                )
+            if cut is None or not np.array_equal(cut[0], lists.starts):
+                cut = (lists.starts, lists.select(rows.rows, last=feature.max_length).index)
+            return _take(lists.values, cut[1])
+
+        kept = np.minimum(lengths, feature.max_length or 0)
+        bounds, where = _at(kept, self.of_requests), rows.where_element(kept, rows.where)
+        self.add(f"lengths:{feature.name}", kept, self.of_requests)
+        for event in feature.sequence_ids:
+            assert event.table is not None
+            table = self.schema.tables[event.table]
+            ids = ids_of(events(event.column), event.column, event.table, table, where)
+            self.add(f"ids:{feature.name}.{event.column}", ids, bounds)
+        parts = [  # an unknown value is 0.0, before and after scaling: the event itself is kept
+            dense_of(events(event.column), event.column, where, 0.0, event.scale) for event in feature.sequence_dense
+        ]
+        if parts:
+            self.add(f"sequence_dense:{feature.name}", np.stack(parts, 1), bounds)
+        if feature.time:
+            seconds = seconds_of(events(feature.time), feature.time, where)
+            self.add(f"sequence_time:{feature.name}", seconds, bounds)
+
+    def labels(self) -> None:
+        """Labels with their weights, and true probabilities where the schema names any."""
+        rows, values, weights, oracles = self.rows, [], [], []
+        for label in self.schema.labels:
+            flat = _take(*rows.impressions(label.column))
+            value, weight = labels_of(flat, label.column, rows.where_impression)
+            values.append(value)
+            weights.append(weight)
+            if label.oracle:
+                oracles.append(oracle_of(_take(*rows.impressions(label.oracle)), label.oracle))
+            else:
+                oracles.append(np.full(len(value), np.nan, np.float32))
+        self.add("labels", np.stack(values, 1), self.of_impressions)
+        self.add("weights", np.stack(weights, 1), self.of_impressions)
+        if any(label.oracle for label in self.schema.labels):
+            self.add("oracle", np.stack(oracles, 1), self.of_impressions)
+
+    def pack(self) -> dict[str, pa.Array]:
+        """All columns but the tags."""
+        rows, keys = self.rows, self.schema.keys
+        starts = np.cumsum(rows.counts) - rows.counts
+        index = np.arange(int(rows.counts.sum())) - np.repeat(starts, rows.counts)
+        users = hash_array(rows.values(keys.user)).view(np.int64)
+        self.add("num_impressions", rows.counts, self.of_requests)
+        self.add("request_key", rows.keys, self.of_requests)
+        self.add("user_key", users, self.of_requests)
+        self.add("request_time", seconds_of(rows.values(keys.time), keys.time, rows.where), self.of_requests)
+        self.add("impression_index", index, self.of_impressions)
+        self.dense("request")
+        self.dense("impression")
+        for feature in self.schema.features:
+            if feature.kind == "ids":
+                self.ids(feature)
+            elif feature.kind == "sequence":
+                self.sequence(feature)
+        self.labels()
+        return self.columns
+
+
+def _tags(window: Window, batches: int) -> dict[str, pa.Array]:
+    size = max(batches, 1)
+    tags: dict[str, Sequence[int] | Integers] = {
+        "epoch": np.full(size, window.epoch),
+        "lane": np.full(size, window.lane),
+        "window": np.full(size, window.index),
+        "batch": np.arange(size) if batches else np.array([-1]),
+        "batches": np.full(size, batches),
+    }
+    return {name: pa.array(tags[name], pa.int64()) for name in TAGS}
+
+
+def pack_window(settings: PackSettings, window: Window) -> pa.Table:
+    """The batches of a window, a row each, in order; see the module's docstring for the columns.
+
+    Raises DataError that names the file, and for a wrong value the column and the request.
+    """
+    rows = _WindowRows(settings, window)
+    bounds = batch_bounds(rows.counts, settings.batch_impressions)
+    batches = len(bounds) - 1
+    if not batches:
+        bounds = np.zeros(2, np.int64)  # one row with empty lists
+    return pa.table(_tags(window, batches) | _Packer(rows, bounds).pack())

@@ -1,66 +1,79 @@
-"""Packed Arrow batches to tensors: views on Arrow's buffers, no copy, no Python work per row."""
+"""Packed batches become tensors: every field of a batch is a view of the Arrow buffer that it lies in.
+
+Nothing is copied and nothing runs per row: DLPack hands each child buffer to torch, and a batch is one slice of
+each. The buffers may be shared memory of Ray's object store, so the tensors must not be written to.
+"""
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from roo_ray.ingest.batch import Jagged, RequestBatch, impression_id_keys, request_id_keys
-from roo_ray.lists import as_array
+from roo_ray.ingest.pack import TAGS
 from roo_ray.schema import Schema
 
 
-def _view(array: pa.Array) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Arrow's buffers are read-only, and batches are never written to
-        return torch.from_numpy(np.asarray(array))
+class PackedBatches:
+    """The batches of a packed table (``pack.py``): ``tags`` are its tag columns, ``batch(row)`` its batches."""
 
+    def __init__(self, table: pa.Table, schema: Schema) -> None:
+        table = table.combine_chunks()  # no copy where Ray delivers a block in one piece
+        self.schema = schema
+        self.rows = table.num_rows
+        self.tags: dict[str, npt.NDArray[np.int64]] = {tag: table.column(tag).to_numpy() for tag in TAGS}
+        self._values: dict[str, Tensor] = {}
+        self._offsets: dict[str, list[int]] = {}
+        for name in table.column_names:
+            if name not in TAGS:
+                lists = table.column(name).chunk(0)
+                self._values[name] = torch.from_dlpack(lists.values)
+                self._offsets[name] = lists.offsets.to_pylist()
 
-def _values(table: pa.Table, column: str) -> Tensor:
-    """(T,) the values of a column, lists one after the other."""
-    array = as_array(table.column(column))
-    return _view(array.flatten() if pa.types.is_list(array.type) else array)
+    def _flat(self, name: str, row: int) -> Tensor:
+        offsets = self._offsets[name]
+        return self._values[name][offsets[row] : offsets[row + 1]]
 
+    def _wide(self, name: str, row: int, rows: int, width: int) -> Tensor:
+        return self._flat(name, row).view(rows, width) if width else torch.zeros(rows, 0)
 
-def _jagged(table: pa.Table, column: str) -> Jagged:
-    offsets = np.asarray(as_array(table.column(column)).offsets).astype(np.int64)
-    return Jagged(_values(table, column), torch.from_numpy(np.diff(offsets)))
+    def batch(self, row: int) -> RequestBatch:
+        """The batch in a row of the table; its tensors are views of the table's buffers."""
+        schema = self.schema
+        num_impressions = self._flat("num_impressions", row)  # (B_RO,)
+        requests, tasks = len(num_impressions), len(schema.labels)
+        labels = self._flat("labels", row).view(-1, tasks)  # (B_NRO, K)
+        impressions = len(labels)
+        single = {f.name for f in schema.features if f.kind == "ids" and f.pooling == "none"}
 
+        def ids(key: str, rows: int) -> Jagged:
+            values = self._flat(f"ids:{key}", row)  # (T,)
+            if key in single:
+                return Jagged(values, torch.ones(rows, dtype=torch.int64))
+            return Jagged(values, self._flat(f"lengths:{key.split('.')[0]}", row))
 
-def to_batch(table: pa.Table, schema: Schema) -> RequestBatch:
-    """A packed batch (see ``pack``) as tensors on the CPU."""
-    tasks = len(schema.labels)
-    requests = table.num_rows
-    per_impression = _values(table, "impression_index")
-    impressions = per_impression.numel()
-    single = {f.name for f in schema.select("impression", "ids") if f.pooling == "none"}
-    ones = torch.ones(impressions, dtype=torch.int64)
-    request_ids = {key: _jagged(table, f"ids:{key}") for key, _ in request_id_keys(schema)}
-    sequence_dense = {}
-    for feature in schema.sequences:
-        events = request_ids[f"{feature.name}.{feature.sequence_ids[0].column}"].values.numel()
-        flat = _values(table, f"dense:{feature.name}")
-        sequence_dense[feature.name] = flat.view(events, len(feature.sequence_dense))
-    return RequestBatch(
-        num_impressions=_values(table, "num_impressions"),
-        request_key=_values(table, "request_key"),
-        impression_index=per_impression,
-        user_key=_values(table, "user_key"),
-        request_time=_values(table, "request_time"),
-        request_dense=_values(table, "request_dense").view(requests, schema.dense_width("request")),
-        impression_dense=_values(table, "impression_dense").view(impressions, schema.dense_width("impression")),
-        request_ids=request_ids,
-        sequence_dense=sequence_dense,
-        sequence_time={f.name: _values(table, f"time:{f.name}") for f in schema.sequences if f.time},
-        impression_ids={
-            key: Jagged(_values(table, f"ids:{key}"), ones if key in single else _values(table, f"lengths:{key}"))
-            for key, _ in impression_id_keys(schema)
-        },
-        labels=_values(table, "labels").view(impressions, tasks),
-        weights=_values(table, "weights").view(impressions, tasks),
-        oracle=_values(table, "oracle").view(impressions, tasks),
-    )
+        def sequence_dense(name: str, width: int) -> Tensor:
+            tokens = int(self._flat(f"lengths:{name}", row).sum())
+            return self._wide(f"sequence_dense:{name}", row, tokens, width)  # (T, C)
+
+        return RequestBatch(
+            num_impressions=num_impressions,
+            request_key=self._flat("request_key", row),
+            impression_index=self._flat("impression_index", row),
+            user_key=self._flat("user_key", row),
+            request_time=self._flat("request_time", row),
+            request_dense=self._wide("request_dense", row, requests, schema.dense_width("request")),
+            impression_dense=self._wide("impression_dense", row, impressions, schema.dense_width("impression")),
+            request_ids={key: ids(key, requests) for key, _ in request_id_keys(schema)},
+            sequence_dense={f.name: sequence_dense(f.name, len(f.sequence_dense)) for f in schema.sequences},
+            sequence_time={f.name: self._flat(f"sequence_time:{f.name}", row) for f in schema.sequences if f.time},
+            impression_ids={key: ids(key, impressions) for key, _ in impression_id_keys(schema)},
+            labels=labels,
+            weights=self._flat("weights", row).view(-1, tasks),
+            oracle=self._flat("oracle", row).view(-1, tasks)
+            if "oracle" in self._values
+            else torch.full((impressions, tasks), float("nan")),
+        )

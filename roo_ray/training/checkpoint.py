@@ -49,7 +49,7 @@ _ALLOWED = {
 
 class RunState(Strict):
     """Where a run stands. ``epoch``: epochs done; ``step``: steps done in all; the rest says what the weights
-    belong to, so that a checkpoint alone can be evaluated. ``metrics``: the last held-out metrics."""
+    belong to, so that a checkpoint alone can be evaluated. ``plan``: what decides the order of the data. ``metrics``: the last held-out metrics."""
 
     epoch: int
     step: int
@@ -57,7 +57,7 @@ class RunState(Strict):
     model: Model
     data_version: int
     data_digest: str
-    ingest_digest: str
+    plan: dict[str, Any]
     metrics: dict[str, float | None] = Field(default_factory=dict)
 
     def request_schema(self) -> Schema:

@@ -13,8 +13,8 @@ from roo_ray.training.tracking import RunHandle
 class WorkerJob:
     """``mode``: train, or evaluate only. ``data_version`` / ``data_digest``: the data set's manifest.
     ``ids_per_request``: measured mean ids per request by lookup feature. ``requests_per_step``: mean B_RO of
-    a step over all lanes. ``board``: a ProgressBoard. ``ingest_digest``: of all that decides the order of
-    training. ``reader_cpus``: CPUs for each rank's Ray Data tasks. ``checkpoint``: what an evaluation loads."""
+    a step over all lanes. ``board``: a ProgressBoard. ``plan``: all that decides the order of training
+    (``ingest.plan.plan_inputs``). ``checkpoint``: what an evaluation loads."""
 
     mode: Literal["train", "evaluate"]
     config: Config
@@ -24,6 +24,5 @@ class WorkerJob:
     requests_per_step: float
     run: RunHandle
     board: Any
-    ingest_digest: str
-    reader_cpus: float
+    plan: dict[str, Any]
     checkpoint: str | None = None

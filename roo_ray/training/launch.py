@@ -17,7 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from roo_ray.config import Config
 from roo_ray.errors import ConfigError, RooError
-from roo_ray.ingest.plan import plan_digest
+from roo_ray.ingest.plan import plan_inputs
 from roo_ray.requests.manifest import Manifest, load_manifest
 from roo_ray.schema import Schema
 from roo_ray.storage import open_filesystem
@@ -71,7 +71,6 @@ def mean_ids_per_request(schema: Schema, manifest: Manifest) -> dict[str, float]
 
 def make_job(config: Config, manifest: Manifest, mode: Any, run: RunHandle, board: Any) -> WorkerJob:
     """What the workers get."""
-    spare = ray.cluster_resources().get("CPU", 0) - config.training.workers * config.ray.cpus_per_worker
     impressions_per_request = max(manifest.impressions / max(manifest.requests, 1), 1.0)
     return WorkerJob(
         mode=mode,
@@ -82,10 +81,15 @@ def make_job(config: Config, manifest: Manifest, mode: Any, run: RunHandle, boar
         requests_per_step=config.ingest.lanes * config.ingest.batch_impressions / impressions_per_request,
         run=run,
         board=board,
-        ingest_digest=plan_digest(
-            manifest, config.request_schema.digest, config.ingest, config.holdout, config.training.seed
+        plan=plan_inputs(
+            manifest,
+            config.request_schema,
+            config.ingest,
+            config.holdout,
+            "train",
+            config.training.seed,
+            "shuffled",
         ),
-        reader_cpus=max(1.0, spare / config.training.workers),
     )
 
 

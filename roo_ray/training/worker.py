@@ -103,7 +103,6 @@ class Worker:
             seed=self.config.training.seed,
             epochs=tuple(range(self.epochs_done, self.config.training.epochs)) if training else (0,),
             mode="shuffled" if training else "sequential",
-            reader_cpus=self.job.reader_cpus,
         )
         return RankStream(settings, self.rank, self.world)
 
@@ -189,11 +188,15 @@ class Worker:
         order (other data, schema, seed, lanes, budgets or holdout)."""
         with source.as_directory() as folder:
             state = checkpoint.load(folder, self.model)
-        if self.job.mode == "train" and state.ingest_digest != self.job.ingest_digest:
+        changed = [
+            f"{name} was {value} and is {self.job.plan.get(name)}"
+            for name, value in state.plan.items()
+            if value != self.job.plan.get(name)
+        ]
+        if self.job.mode == "train" and changed:
             raise ConfigError(
-                f"run at {source.path} was trained in another order: data version {state.data_version} "
-                f"(now {self.job.data_version}), or schema, seed, ingest or holdout settings have changed; "
-                "restore them, or choose another run_name"
+                f"the run cannot go on from {source.path}, because its data would come in another order: "
+                f"{'; '.join(changed)}; restore this, or choose another run_name"
             )
         self.epochs_done, self.steps_done = state.epoch, state.step
 
@@ -206,7 +209,7 @@ class Worker:
             model=self.config.model,
             data_version=self.job.data_version,
             data_digest=self.job.data_digest,
-            ingest_digest=self.job.ingest_digest,
+            plan=self.job.plan,
             metrics=checkpoint.finite(metrics),
         )
         self.logger.flush()

@@ -23,7 +23,7 @@ STATE = RunState(
     model=MODEL,
     data_version=2,
     data_digest="d",
-    ingest_digest="i",
+    plan={"seed": 0},
     metrics={"eval/click/ne": 0.9},
 )
 

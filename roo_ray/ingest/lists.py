@@ -1,0 +1,60 @@
+"""Arrow lists as starts and lengths, so that choosing, cutting and reordering lists is one index.
+
+Arrow allows lists that are slices of a longer child, and null lists that still span values: both are handled
+here, once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Chosen values of lists: ``lengths`` (B,) int64, ``index`` (T,) int64 into ``Lists.values``."""
+
+    lengths: Integers
+    index: Integers
+
+
+@dataclass(frozen=True)
+class Lists:
+    """List i is ``values[starts[i] : starts[i] + lengths[i]]``; starts, lengths (R,) int64. Null: empty."""
+
+    values: pa.Array
+    starts: Integers
+    lengths: Integers
+
+    @staticmethod
+    def of_scalars(values: pa.Array) -> Lists:
+        """Every value as a list of one; null is the empty list."""
+        return Lists(values, np.arange(len(values)), np.asarray(values.is_valid()).astype(np.int64))
+
+    def select(self, rows: Integers, first: int | None = None, last: int | None = None) -> Selection:
+        """The lists of ``rows`` (B,), in that order, cut to their first or last so many values."""
+        starts, lengths = self.starts[rows], self.lengths[rows]
+        if last is not None:
+            starts = starts + np.maximum(lengths - last, 0)
+        limit = last if last is not None else first
+        if limit is not None:
+            lengths = np.minimum(lengths, limit)
+        before = np.cumsum(lengths) - lengths
+        index = np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
+        return Selection(lengths, index)
+
+
+def split_lists(array: pa.Array) -> Lists:
+    """The lists of a list array. Raises TypeError for another type."""
+    if not (pa.types.is_list(array.type) or pa.types.is_large_list(array.type)):
+        raise TypeError(f"{array.type} is no list type")
+    offsets = np.asarray(array.offsets).astype(np.int64)  # (R + 1,)
+    lengths = np.diff(offsets)
+    if array.null_count:
+        lengths = np.where(np.asarray(array.is_null()), 0, lengths)
+    return Lists(array.values, offsets[:-1], lengths)

@@ -1,0 +1,86 @@
+"""Reading row groups of request shards: only the named columns, and every failure names the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from roo_ray.errors import DataError
+from roo_ray.ingest.plan import UnitRef
+from roo_ray.schema import Schema
+from roo_ray.storage import open_filesystem
+
+NUM_IMPRESSIONS = "num_impressions"
+
+
+def columns_to_read(schema: Schema) -> list[str]:
+    """The columns that batches are made of; carried columns and keys that no feature reads stay on disk."""
+    names = [NUM_IMPRESSIONS, *schema.keys.request, schema.keys.user, schema.keys.time]
+    names += [column for feature in schema.features for column in feature.source_columns]
+    names += [label.column for label in schema.labels]
+    names += [label.oracle for label in schema.labels if label.oracle]
+    return list(dict.fromkeys(names))
+
+
+class UnitReader:
+    """Reads units of one data set; keeps the last file open, as units of a window are often neighbours."""
+
+    def __init__(self, data_set: str, columns: Sequence[str]) -> None:
+        self.data_set = data_set
+        self.columns = list(columns)
+        self.filesystem, self.base = open_filesystem(data_set)
+        self._open: tuple[str, pq.ParquetFile] | None = None
+
+    def _file(self, path: str) -> pq.ParquetFile:
+        if self._open is not None and self._open[0] == path:
+            return self._open[1]
+        local = isinstance(self.filesystem, pafs.LocalFileSystem)
+        source = self.filesystem.open_input_file(f"{self.base}/{path}")
+        file = pq.ParquetFile(source, pre_buffer=not local)
+        self._open = (path, file)
+        return file
+
+    def read(self, unit: UnitRef) -> pa.Table:
+        """The unit's rows. Raises DataError where the file is missing, damaged, changed or lacks a column."""
+        name = f"{self.data_set}/{unit.path}"
+        rebuild = "the data set's files must stay as they were published; restore it or build the data set again"
+        try:
+            file = self._file(unit.path)
+            missing = [c for c in self.columns if c not in file.schema_arrow.names]
+            if missing:
+                raise DataError(
+                    f"{name} has no column {', '.join(missing)}, which the schema reads; use the schema that "
+                    "the data set was built with, or build it again with this one"
+                )
+            if unit.row_group >= file.metadata.num_row_groups:
+                raise DataError(f"{name} has no row group {unit.row_group}, which the manifest lists; {rebuild}")
+            table = file.read_row_group(unit.row_group, columns=self.columns, use_threads=False)
+        except FileNotFoundError:
+            raise DataError(f"{name} is missing; {rebuild}") from None
+        except (OSError, pa.ArrowException) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{name} cannot be read, it is truncated or damaged ({reason}); {rebuild}") from None
+        if table.num_rows != unit.requests:
+            raise DataError(
+                f"{name}, row group {unit.row_group}: {table.num_rows} requests, the manifest says "
+                f"{unit.requests}; {rebuild}"
+            )
+        return table
+
+
+def read_units(data_set: str, units: Iterable[UnitRef], columns: Sequence[str]) -> pa.Table:
+    """The rows of several units, one after the other, as one table. At least one unit."""
+    reader = UnitReader(data_set, columns)
+    units = list(units)
+    tables = [reader.read(unit) for unit in units]
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        paths = ", ".join(sorted({unit.path for unit in units}))
+        raise DataError(
+            f"{data_set}: the files {paths} hold a column under types that do not fit each other ({error}); "
+            "build the data set again from one source"
+        ) from None

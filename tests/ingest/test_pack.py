@@ -1,0 +1,260 @@
+"""The reading function against a plain-Python reading: every value, every request exactly once, every error."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from roo_ray.config import Holdout
+from roo_ray.errors import DataError
+from roo_ray.ingest.batch import RequestBatch
+from roo_ray.ingest.pack import PackSettings, batch_bounds, pack_window
+from roo_ray.ingest.plan import Side, Window, units_of
+from roo_ray.ingest.tensors import PackedBatches
+from roo_ray.requests.manifest import Manifest
+from roo_ray.schema import Schema, parse_schema
+from tests.ingest import shard_maker
+from tests.ingest.unpack import observed, same
+
+SCHEMA = shard_maker.schema()
+COUNTS = [1 + i * 5 % 9 for i in range(40)]
+
+
+def window_of(manifest: Manifest, shuffle: int | None = 1) -> Window:
+    """One window of all units."""
+    units = units_of(manifest.files)
+    refs = tuple(units.ref(unit) for unit in range(len(units.file)))
+    return Window(epoch=3, lane=2, index=5, units=refs, shuffle=shuffle)
+
+
+def pack_settings(folder: Path, budget: int = 20, schema: Schema = SCHEMA, side: Side = "train") -> PackSettings:
+    return PackSettings(str(folder), schema, Holdout(by="day"), side, budget)
+
+
+def batches_of(folder: Path, manifest: Manifest, budget: int = 20, shuffle: int | None = 1) -> list[RequestBatch]:
+    packed = PackedBatches(pack_window(pack_settings(folder, budget), window_of(manifest, shuffle)), SCHEMA)
+    return [packed.batch(row) for row in range(packed.rows)]
+
+
+# ---- packing ----------------------------------------------------------------------------------------------
+
+
+def greedy(sizes: list[int], budget: int) -> list[int]:
+    """Batch bounds by the rule as it is said, one request after the other."""
+    bounds, used = [0], 0
+    for request, size in enumerate(sizes):
+        if used and used + size > budget:
+            bounds.append(request)
+            used = 0
+        used += size
+    return [*bounds, len(sizes)] if sizes else [0]
+
+
+@given(st.lists(st.integers(1, 30), max_size=40), st.integers(1, 40))
+def test_batch_bounds_are_greedy(sizes: list[int], budget: int) -> None:
+    bounds = batch_bounds(np.array(sizes, np.int64), budget).tolist()
+    assert bounds == greedy(sizes, budget)
+    for start, end in pairwise(bounds):
+        assert sum(sizes[start:end]) <= budget or end - start == 1
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    counts=st.lists(st.integers(1, 12), min_size=1, max_size=30),
+    budget=st.integers(1, 60),
+    row_group=st.integers(1, 20),
+    shuffle=st.sampled_from([None, 1, 2]),
+    seed=st.integers(0, 10_000),
+)
+def test_every_request_once_and_equal_to_the_reference(
+    tmp_path_factory: pytest.TempPathFactory,
+    counts: list[int],
+    budget: int,
+    row_group: int,
+    shuffle: int | None,
+    seed: int,
+) -> None:
+    folder = tmp_path_factory.mktemp("data")
+    rows = shard_maker.random_rows(counts, seed, days=2)
+    manifest = shard_maker.write_data_set(folder, rows, SCHEMA, row_group=row_group)
+    batches = batches_of(folder, manifest, budget, shuffle)
+    expected = {row["request_key"]: row for row in (shard_maker.reference(SCHEMA, row) for row in rows)}
+    keys = [key for batch in batches for key in batch.request_key.tolist()]
+    assert sorted(keys) == sorted(expected)
+    for batch in batches:
+        assert batch.total_impressions <= budget or batch.num_requests == 1
+        for request in observed(batch):
+            assert same(request, expected[request["request_key"]])
+    if shuffle is None:
+        assert keys == list(expected)
+
+
+def test_tags_types_and_views(tmp_path: Path) -> None:
+    manifest = shard_maker.write_data_set(tmp_path, shard_maker.random_rows(COUNTS[:30], 1), SCHEMA)
+    table = pack_window(pack_settings(tmp_path), window_of(manifest))
+    packed = PackedBatches(table, SCHEMA)
+    assert packed.tags["batch"].tolist() == list(range(packed.rows))
+    for tag, value in {"epoch": 3, "lane": 2, "window": 5, "batches": packed.rows}.items():
+        assert set(packed.tags[tag].tolist()) == {value}
+    batch = packed.batch(1)
+    lists = table.column("impression_dense").chunk(0)
+    first = np.asarray(lists.values).ctypes.data
+    assert batch.impression_dense.data_ptr() == first + 4 * lists.offsets[1].as_py()  # a view, not a copy
+    types: list[torch.dtype] = []
+    batch.map(lambda tensor: (types.append(tensor.dtype), tensor)[1])
+    assert set(types) == {torch.int64, torch.float32, torch.float64}
+
+
+def test_slices_and_merged_tables_give_the_same_batches(tmp_path: Path) -> None:
+    """Ray may cut and join blocks between rows."""
+    manifest = shard_maker.write_data_set(tmp_path, shard_maker.random_rows(COUNTS[:30], 1), SCHEMA)
+    table = pack_window(pack_settings(tmp_path), window_of(manifest))
+    whole = PackedBatches(table, SCHEMA)
+    joined = PackedBatches(pa.concat_tables([table.slice(2), table.slice(0, 2)]), SCHEMA)
+    tail = PackedBatches(table.slice(2), SCHEMA)
+    for row in range(2, whole.rows):
+        expected = observed(whole.batch(row))
+        assert same(observed(tail.batch(row - 2)), expected)
+        assert same(observed(joined.batch(row - 2)), expected)
+
+
+def test_shuffle_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    manifest = shard_maker.write_data_set(tmp_path, shard_maker.random_rows(COUNTS[:40], 1), SCHEMA)
+
+    def order(shuffle: int | None) -> list[int]:
+        return [k for b in batches_of(tmp_path, manifest, shuffle=shuffle) for k in b.request_key.tolist()]
+
+    assert order(1) == order(1)
+    assert order(1) != order(2)
+    assert order(1) != order(None)
+    assert sorted(order(1)) == sorted(order(None))
+
+
+def test_a_window_without_requests_of_the_side_is_marked(tmp_path: Path) -> None:
+    manifest = shard_maker.write_data_set(tmp_path, shard_maker.random_rows(COUNTS[:5], 1), SCHEMA)
+    settings = PackSettings(str(tmp_path), SCHEMA, Holdout(by="request", fraction=1e-9), "evaluation", 20)
+    packed = PackedBatches(pack_window(settings, window_of(manifest)), SCHEMA)
+    assert packed.rows == 1
+    assert (packed.tags["batch"][0], packed.tags["batches"][0]) == (-1, 0)
+
+
+def test_columns_that_no_feature_reads_are_not_read(tmp_path: Path) -> None:
+    rows = shard_maker.random_rows(COUNTS[:5], 1)
+    only_item = parse_schema(
+        """
+        name: small
+        keys: {request: [request_id, site], user: user_id, time: request_time}
+        tables: {item: {rows: 50, dim: 8, hash: true}}
+        features: [{name: item, level: impression, kind: ids, columns: item_id, table: item}]
+        labels: [{name: click, column: clicked}]
+        """
+    )
+    manifest = shard_maker.write_data_set(tmp_path, rows, SCHEMA)
+    settings = pack_settings(tmp_path, schema=only_item)
+    batch = PackedBatches(pack_window(settings, window_of(manifest)), only_item).batch(0)
+    assert batch.request_dense.shape == (batch.num_requests, 0)
+    assert batch.impression_dense.shape == (batch.total_impressions, 0)
+    assert batch.oracle.isnan().all()
+    assert list(batch.request_ids) == []
+
+
+# ---- errors -----------------------------------------------------------------------------------------------
+
+
+def broken(row: dict[str, Any], column: str, value: Any, at: int | None = None) -> None:
+    if at is None:
+        row[column] = value
+    else:
+        row[column] = [*row[column][:at], value, *row[column][at + 1 :]]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "at", "words"),
+    [
+        ("topic_id", 12, 0, "column 'topic_id' has id 12, and table 'topic' has 12 rows"),
+        ("history_topic", -1, 0, "column 'history_topic' has id -1, and table 'topic' has 12 rows"),
+        ("history_item", None, 0, "column 'history_item' is null"),
+        ("history_time", None, 0, "time column 'history_time' is null"),
+        ("item_id", None, 0, "column 'item_id' is null"),
+        ("is_subscriber", None, None, "column 'is_subscriber' is null or NaN"),
+        ("activity", math.inf, None, "column 'activity' is inf"),
+        ("bought", math.nan, 0, "label column 'bought' is NaN"),
+        ("bought", 3.0, 0, "label column 'bought' is 3"),
+        ("price", [1.0] * 30, None, "column 'price' has 30 values"),
+        ("clicked", None, None, "column 'clicked' has 0 values"),
+        ("history_dwell", [1.0] * 30, None, "must be aligned"),
+        ("num_impressions", 0, None, "num_impressions"),
+        ("request_time", None, None, "time column 'request_time' is null"),
+    ],
+)
+def test_wrong_values_name_column_request_and_file(
+    tmp_path: Path, column: str, value: Any, at: int | None, words: str
+) -> None:
+    rows = shard_maker.random_rows(COUNTS[:12], 5)
+    bad = next(row for row in rows[5:] if 0 < len(row["history_item"] or []) <= 4)
+    manifest_rows = [dict(row) for row in rows]
+    target = manifest_rows[bad["request_id"]]
+    manifest = shard_maker.write_data_set(tmp_path, rows, SCHEMA)
+    broken(target, column, value, at)
+    path = tmp_path / manifest.files[0].path
+    shard_maker.rewrite(path, manifest_rows)
+    with pytest.raises(DataError) as error:
+        pack_window(pack_settings(tmp_path), window_of(manifest))
+    message = str(error.value)
+    assert words in message
+    assert f"request_id={bad['request_id']}" in message
+    assert str(path) in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("columns: country_id, table: country, fill_id: 8->columns: user_id, table: country", "set hash: true"),
+        ("columns: is_subscriber->columns: user_id", "must be numeric or boolean"),
+        ("columns: item_id, table: item->columns: tag_ids, table: item", "give the feature a pooling"),
+        ("columns: [price, rank]->columns: [item_age]", "has no column item_age"),
+        ("history_score->age", "holds int32, and the schema needs a list"),
+    ],
+)
+def test_a_schema_that_does_not_fit_the_data(tmp_path: Path, change: str, words: str) -> None:
+    manifest = shard_maker.write_data_set(tmp_path, shard_maker.random_rows(COUNTS[:12], 5), SCHEMA)
+    old, new = change.split("->")
+    assert old in shard_maker.SCHEMA
+    text = shard_maker.SCHEMA.replace(old, new).replace("columns: [age, activity]", "columns: [activity]")
+    with pytest.raises(DataError) as error:
+        pack_window(pack_settings(tmp_path, schema=parse_schema(text)), window_of(manifest))
+    assert words in str(error.value)
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    rows = shard_maker.random_rows(COUNTS[:40], 5)
+    manifest = shard_maker.write_data_set(tmp_path, rows, SCHEMA)
+    path = tmp_path / manifest.files[1].path
+    window, settings = window_of(manifest), pack_settings(tmp_path)
+    complete = path.read_bytes()
+
+    def message() -> str:
+        with pytest.raises(DataError) as error:
+            pack_window(settings, window)
+        assert str(path) in str(error.value)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    path.write_bytes(complete[: len(complete) // 2])
+    assert "truncated or damaged" in message()
+    path.write_bytes(b"\0" * 100 + complete[100:1000] + b"\0" * 2000 + complete[3000:])
+    assert "truncated or damaged" in message()
+    shard_maker.rewrite(path, rows[:3])
+    assert "the manifest says" in message()
+    path.unlink()
+    assert "is missing" in message()
