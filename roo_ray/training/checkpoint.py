@@ -49,7 +49,8 @@ _ALLOWED = {
 
 class RunState(Strict):
     """Where a run stands. ``epoch``: epochs done; ``step``: steps done in all; the rest says what the weights
-    belong to, so that a checkpoint alone can be evaluated. ``plan``: what decides the order of the data. ``metrics``: the last held-out metrics."""
+    belong to, so that a checkpoint alone can be evaluated. ``plan``: what decides the order of the data.
+    ``metrics``: the last held-out metrics."""
 
     epoch: int
     step: int

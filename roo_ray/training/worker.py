@@ -117,8 +117,7 @@ class Worker:
                 batch = step.batch.to(self.device)
                 logits = self.model.module(batch)
                 metrics.update(logits, batch.labels, batch.weights, batch.num_impressions)
-                known = torch.where(batch.oracle.isnan(), torch.zeros_like(batch.weights), batch.weights)
-                oracle.update(torch.logit(batch.oracle.nan_to_num(0.5)), batch.labels, known, batch.num_impressions)
+                oracle.update_probabilities(batch.oracle, batch.labels, batch.weights, batch.num_impressions)
                 throughput.add(step.requests, step.impressions, step.wait_seconds)
         self.model.module.train()
         values = {f"eval/{name}": value for name, value in metrics.merge().compute().items()}
@@ -137,11 +136,12 @@ class Worker:
         epoch_throughput, window_throughput = Throughput(), Throughput()
         for step, agreement in self.steps(stream, epoch):
             batch = step.batch.to(self.device)
+            num_impressions = batch.num_impressions  # of the requests, also where they are exploded next
             if self.config.training.form == "impression":
                 batch = batch.explode()
             logits = self.model.module(batch)  # (B_NRO, K)
             # progressive validation: the batch is scored before it is trained on
-            window.update(logits.detach(), batch.labels, batch.weights, batch.num_impressions)
+            window.update(logits.detach(), batch.labels, batch.weights, num_impressions)
             loss = ranking_loss(logits, batch.labels, batch.weights, self.task_weights, agreement.weights, self.world)
             self.model.optimizer.zero_grad()
             loss.backward()

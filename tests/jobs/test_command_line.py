@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,16 +62,16 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Ray head of its own on loopback, ended by its process group; yields the jobs address."""
-    folder = tmp_path_factory.mktemp("r")
+def ray_head() -> Iterator[str]:
+    """A Ray head of its own on loopback, ended with all that it started; yields the jobs address."""
+    folder = Path(tempfile.mkdtemp(prefix="rr"))  # short: Ray's sockets lie in it, and their paths are limited
     port, dashboard = free_port(), free_port()
     env = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     command = [
         *(str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1"),
         *(f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"),
         *("--include-dashboard=true", f"--temp-dir={folder}", "--object-store-memory=300000000"),
-        *("--ray-client-server-port=0", "--disable-usage-stats"),
+        "--disable-usage-stats",
     ]
     log = (folder / "head.log").open("w")
     head = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)

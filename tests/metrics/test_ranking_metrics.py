@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss, roc_auc_score
 
-from roo_ray.metrics.auc import auc_error_bound, exact_auc
+from roo_ray.errors import DataError, RooError
+from roo_ray.metrics.auc import exact_auc
 from roo_ray.metrics.collection import RankingMetrics
 from tests.metrics.reference import pair_auc, pair_gauc, random_batch
 
@@ -75,33 +76,74 @@ def test_auc_and_gauc_equal_pair_counting(seed: int, requests: int, levels: int)
         assert (values[f"{task}/gauc_requests"], values[f"{task}/gauc_skipped"]) == (used, skipped)
 
 
-def test_histogram_error_stays_within_its_bound() -> None:
-    for scale in (1e-3, 1.0, 1e3):
-        logits, labels, weights, counts = random_batch(3, requests=2000)
-        logits *= scale
-        metrics = measured((logits, labels, weights, counts))
-        bounds = auc_error_bound(metrics.histogram)
-        for k, task in enumerate(TASKS):
-            seen = weights[:, k] > 0
-            error = abs(metrics.compute()[f"{task}/auc"] - exact_auc(logits[seen, k], labels[seen, k]))
-            assert error <= bounds[k] + 1e-12
-    assert bounds.max() < 1e-3
+def take_requests(batch: tuple[torch.Tensor, ...], requests: np.ndarray) -> tuple[torch.Tensor, ...]:
+    """The batch of the given requests, in that order."""
+    *values, counts = batch
+    chunks = [part.split(counts.tolist()) for part in values]
+    taken = [torch.cat([c[r] for r in requests] or [values[0][:0]]) for c in chunks]
+    return (*taken, counts[torch.as_tensor(requests)])
 
 
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10_000), requests=st.integers(2, 20), data=st.data())
-def test_any_cut_into_batches_gives_the_same(seed: int, requests: int, data: st.DataObject) -> None:
-    batch = random_batch(seed, requests)
-    parts = split_by_requests(batch, data.draw(st.integers(1, requests - 1)))
-    whole, cut = measured(batch).compute(), measured(*parts).compute()
-    assert cut == pytest.approx(whole, rel=1e-12, nan_ok=True)
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    requests=st.integers(1, 20),
+    batches=st.integers(1, 5),
+    ranks=st.integers(1, 4),
+    levels=st.sampled_from([2, None]),
+)
+def test_any_partition_into_batches_and_ranks_gives_the_same(
+    seed: int, requests: int, batches: int, ranks: int, levels: int | None
+) -> None:
+    batch = random_batch(seed, requests, levels=levels)
+    rng = np.random.default_rng(seed)
+    owner = rng.integers(0, ranks * batches, requests)  # some own nothing: empty batches and ranks
+    states = []
+    for rank in range(ranks):
+        parts = [np.flatnonzero(owner == rank * batches + b) for b in range(batches)]
+        states.append(measured(*(take_requests(batch, rng.permutation(p).astype(int)) for p in parts)).state_tensor())
+    merged = RankingMetrics(TASKS)
+    merged.load_state_tensor(torch.stack(states).sum(0))
+    assert merged.compute() == pytest.approx(measured(batch).compute(), rel=1e-12, nan_ok=True)
 
 
 def test_states_add() -> None:
     first, second = split_by_requests(random_batch(7, 30), 11)
     added = RankingMetrics(TASKS)
-    added.load_state(measured(first).state() + measured(second).state())
+    added.load_state_tensor(measured(first).state_tensor() + measured(second).state_tensor())
     assert added.compute() == pytest.approx(measured(first, second).compute(), rel=1e-12)
+    with pytest.raises(RooError, match=r"not one of the tasks \['click'\]"):
+        RankingMetrics(["click"]).load_state_tensor(added.state_tensor())
+
+
+def test_window_and_lifetime() -> None:
+    first, second = split_by_requests(random_batch(7, 30), 11)
+    window, lifetime = RankingMetrics(TASKS), RankingMetrics(TASKS)
+    for part in (first, second):
+        window.update(*part)
+        assert window.compute() == pytest.approx(measured(part).compute(), rel=1e-12)
+        lifetime.add(window)
+        window.reset()
+    assert not window.state_tensor().any()
+    assert lifetime.compute() == pytest.approx(measured(first, second).compute(), rel=1e-12)
+
+
+def test_oracle_probabilities_give_the_bayes_figures() -> None:
+    logits, labels, weights, counts = random_batch(9, 200)
+    probabilities = torch.sigmoid(logits)
+    probabilities[::3, 1] = torch.nan
+    probabilities[1, 0], labels[1, 0], weights[1, 0] = 1.0, 1.0, 1.0  # certain, and right: costs nothing
+    oracle = RankingMetrics(TASKS)
+    oracle.update_probabilities(probabilities, labels, weights, counts)
+    values = oracle.compute()
+    for k, task in enumerate(TASKS):
+        seen = (weights[:, k] > 0) & ~probabilities[:, k].isnan()
+        p, y = probabilities[seen, k].double().numpy(), labels[seen, k].numpy()
+        rate = float(y.astype(np.float64).mean())
+        entropy = -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate))
+        assert values[f"{task}/impressions"] == seen.sum()
+        assert values[f"{task}/ne"] == pytest.approx(log_loss(y, p) / entropy, rel=1e-6)
+        assert values[f"{task}/auc"] == pytest.approx(roc_auc_score(y, p), abs=1e-4)
 
 
 def _rank(rank: int, folder: str) -> None:
@@ -155,7 +197,32 @@ def test_extreme_logits() -> None:
     assert values["like/auc"] == 1
 
 
-def test_nan_logit_names_the_task() -> None:
-    logits = torch.tensor([[0.0, math.nan]])
-    with pytest.raises(FloatingPointError, match="task 'like': 1 of 1 logits"):
-        measured((logits, torch.zeros(1, 2), torch.ones(1, 2), torch.tensor([1])))
+def test_a_wrong_infinite_logit_counts_1e30() -> None:
+    logits = torch.tensor([[math.inf, 0.0], [-1.0, 0.0]])
+    values = measured((logits, torch.zeros(2, 2), torch.ones(2, 2), torch.tensor([2]))).compute()
+    assert values["click/log_loss"] == pytest.approx(5e29)
+    assert values["like/log_loss"] == pytest.approx(math.log(2))
+
+
+def test_low_precision_and_gradients_are_taken() -> None:
+    logits, labels, weights, counts = random_batch(2, 50)
+    halves = logits.bfloat16().requires_grad_()
+    values = measured((halves, labels, weights, counts)).compute()
+    assert values == measured((halves.detach().float(), labels, weights, counts)).compute()
+
+
+def test_wrong_input_is_refused_and_not_counted() -> None:
+    metrics = RankingMetrics(TASKS)
+    good = (torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2), torch.tensor([1]))
+    with pytest.raises(RooError, match="task 'like': 1 of 1 logits"):
+        metrics.update(torch.tensor([[0.0, math.nan]]), *good[1:])
+    for label in (2.0, 0.5, -1.0, math.nan):
+        with pytest.raises(DataError, match="task 'click': 1 of 1 labels"):
+            metrics.update(good[0], torch.tensor([[label, 0.0]]), *good[2:])
+    with pytest.raises(ValueError, match="num_impressions sums to 3, but there are 1 logits"):
+        metrics.update(*good[:3], torch.tensor([3]))
+    with pytest.raises(ValueError, match=r"shape \(B_NRO, 2\), got \(1,\)"):
+        metrics.update(torch.zeros(1), *good[1:])
+    with pytest.raises(RooError, match="task 'click': 1 of 1 logits"):
+        metrics.update_probabilities(torch.tensor([[1.5, 0.5]]), *good[1:])
+    assert not metrics.state_tensor().any()
