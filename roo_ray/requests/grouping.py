@@ -1,235 +1,168 @@
-"""The grouping kernel: impression rows to request rows and back, in Arrow and NumPy, without a loop over rows.
+"""Impressions to request rows and back: pure Arrow and NumPy, no loop over rows (arXiv 2508.05640, section 3).
 
-One sort by (request key, order within the request), run boundaries, request columns taken once per request,
-impression columns as lists cut at the boundaries.
+A request row has the request-level columns as they are, every impression-level column as a list, all lists of
+one length, and ``num_impressions``. Exploding gives the impressions back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from roo_ray.errors import DataError
-from roo_ray.lists import as_array, is_list, list_parts, starts_of, value_positions
-from roo_ray.requests.hashing import hash_array, hash_rows, mix64
+from roo_ray.requests.compare import Ints, differing_rows, digest_rows, same_as_previous, sort_codes
 from roo_ray.schema import Schema
+from roo_ray.sources.columns import as_array, list_parts, offsets_of
 
 NUM_IMPRESSIONS = "num_impressions"
 OnConflict = Literal["fail", "first", "last"]
-Positions = npt.NDArray[np.int64]
 
 
-def group_impressions(
+def describe_key(table: pa.Table, row: int, columns: Sequence[str]) -> str:
+    """``user_id=7, request_time=2023-02-27 03:23:27``: the values of some columns in a row, for messages."""
+    return ", ".join(f"{name}={table.column(name)[row].as_py()}" for name in columns)
+
+
+def require_keys(table: pa.Table, schema: Schema) -> None:
+    """Raises DataError where a request key is null: unrelated impressions would become one request."""
+    for name in schema.keys.request:
+        nulls = table.column(name).null_count
+        if nulls:
+            raise DataError(
+                f"column '{name}' of the request key is null in {nulls} rows, which would all become one "
+                "request; remove these rows from the source or use another key (keys.request)"
+            )
+
+
+def request_row_schema(impressions: pa.Schema, schema: Schema) -> pa.Schema:
+    """The Arrow schema of request rows made of impressions with the given types."""
+    fields = [impressions.field(name) for name in schema.request_columns]
+    fields += [pa.field(name, pa.list_(impressions.field(name).type)) for name in schema.impression_columns]
+    return pa.schema([*fields, pa.field(NUM_IMPRESSIONS, pa.int32())])
+
+
+def group_impressions(table: pa.Table, schema: Schema, on_conflict: OnConflict = "fail") -> pa.Table:
+    """Request rows of an impression table with the schema's columns, in order of the request key.
+
+    Impressions are ordered by ``keys.position``, then ``keys.impression``, then a digest of the whole row, so
+    that the result does not depend on the order of the input. See ``group_with_conflicts``.
+    """
+    return group_with_conflicts(table, schema, on_conflict)[0]
+
+
+def group_with_conflicts(
     table: pa.Table, schema: Schema, on_conflict: OnConflict = "fail"
 ) -> tuple[pa.Table, dict[str, int]]:
-    """Impression rows -> (request rows, counts of what was repaired).
+    """(request rows, requests per request-level column whose value varies within the request).
 
-    Request rows are ordered by a hash of the request key; impressions within a request by ``keys.position``,
-    then ``keys.impression``, then all other impression columns, so the result does not depend on the order of
-    the input rows. Request rows hold the schema's request columns, its impression columns as lists, and
-    ``num_impressions`` (int32).
-
-    Raises DataError, naming column and request, where a request column varies within a request (unless
-    ``on_conflict`` keeps the ``first`` or ``last`` value in impression order; then
-    ``request_conflicts.<column>`` counts the requests) and where impressions are duplicates by
-    ``keys.impression``.
+    A varying column raises DataError naming column, request and count; with ``on_conflict`` ``first`` /
+    ``last`` the first / last value in the order of impressions is taken. A request with two users is always an
+    error: its key names two requests. Also raises DataError for null keys.
     """
-    table = table.combine_chunks()
-    if table.num_rows == 0:
-        return _assemble(table, schema, np.zeros(0, np.int64), np.zeros(0, np.int64), "first"), {}
-    request_hash = hash_rows(table, schema.keys.request)
-    order = np.lexsort([*reversed(_order_within_request(table, schema)), request_hash])
-    table = table.take(pa.array(order))
-    first = _run_starts(table, schema, request_hash[order])
-    lengths = np.diff(np.append(first, table.num_rows))
-    _refuse_duplicates(table, schema, first, lengths)
-    counts = _request_conflicts(table, schema, first, lengths, on_conflict)
-    return _assemble(table, schema, first, lengths, on_conflict), counts
+    require_keys(table, schema)
+    rows = table.num_rows
+    if rows == 0:
+        return request_row_schema(table.schema, schema).empty_table(), {}
+    order, starts = _order(table, schema)
+    lengths = np.diff(np.append(starts, rows))  # (requests,)
+    conflicts = _conflicts(table, schema, order, starts, lengths, on_conflict)
+    kept = order[starts + lengths - 1] if on_conflict == "last" else order[starts]
+    offsets = offsets_of(lengths)
+    columns = {name: as_array(table.column(name)).take(pa.array(kept)) for name in schema.request_columns}
+    index = pa.array(order)
+    for name in schema.impression_columns:
+        columns[name] = pa.ListArray.from_arrays(offsets, as_array(table.column(name)).take(index))
+    columns[NUM_IMPRESSIONS] = pa.array(lengths.astype(np.int32))
+    return pa.table(columns), conflicts
 
 
-def _order_within_request(table: pa.Table, schema: Schema) -> list[npt.NDArray[np.generic]]:
-    """Sort keys, most significant first."""
-    keys: list[npt.NDArray[np.generic]] = []
+def _order(table: pa.Table, schema: Schema) -> tuple[Ints, Ints]:
+    """(rows,) the row order by request and impression, and (requests,) where each request starts in it."""
+    keys = [sort_codes(table.column(name)) for name in schema.keys.request]
     names = [schema.keys.position] if schema.keys.position else []
     names += [name for name in schema.keys.impression if name not in schema.keys.request]
-    for name in names:
-        keys += _rank(as_array(table.column(name)))
-    # equal so far: any fixed order will do, as long as it does not depend on the input's order
-    rest = np.zeros(table.num_rows, np.uint64)
-    for name in schema.columns:
-        rest = mix64(rest * np.uint64(31) + _content_hash(as_array(table.column(name))))
-    return [*keys, rest]
+    within = [sort_codes(table.column(name)) for name in dict.fromkeys(names)]
+    order = np.lexsort([*reversed(within), *reversed(keys)])
+    tied = same_as_previous([*keys, *within], order)
+    if tied.any():
+        tied[:-1] |= tied[1:]
+        some = np.sort(order[tied])
+        few = table.take(pa.array(some))
+        digest = np.zeros(table.num_rows, np.uint64)
+        for name in schema.columns:
+            digest[some] = digest[some] * np.uint64(31) + digest_rows(few.column(name))
+        order = np.lexsort([digest, *reversed(within), *reversed(keys)])
+    starts = np.flatnonzero(~same_as_previous(keys, order))
+    return order, starts
 
 
-def _rank(array: pa.Array) -> list[npt.NDArray[np.generic]]:
-    """Sort keys that put values in their natural order, nulls last."""
-    kind = array.type
-    nulls = np.asarray(pc.is_null(array))
-    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
-        if pa.types.is_boolean(kind):
-            array = array.cast(pa.int8())
-        values = np.asarray(pc.fill_null(array, pa.scalar(0, array.type)))
-    else:
-        distinct = array.dictionary_encode()
-        rank = np.zeros(max(len(distinct.dictionary), 1), np.int64)
-        rank[np.asarray(pc.sort_indices(distinct.dictionary))] = np.arange(len(distinct.dictionary))
-        values = rank[np.asarray(pc.fill_null(distinct.indices, 0))]
-    return [nulls, values] if nulls.any() else [values]
-
-
-def _content_hash(array: pa.Array) -> npt.NDArray[np.uint64]:
-    """(N,) uint64: a hash of each value of any type, lists included; null and empty differ."""
-    if is_list(array.type):
-        lengths, values = list_parts(array)
-        inner = _content_hash(values)
-        position = np.arange(len(inner), dtype=np.uint64) - np.repeat(starts_of(lengths), lengths).astype(np.uint64)
-        mixed = mix64(inner + mix64(position))
-        sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed, dtype=np.uint64)])
-        ends = np.cumsum(lengths)
-        result = mix64(sums[ends] - sums[ends - lengths] + lengths.astype(np.uint64))
-        return np.where(np.asarray(pc.is_null(array)), np.uint64(1), result)
-    if pa.types.is_floating(array.type):
-        bits = np.asarray(pc.fill_null(array.cast(pa.float64()), 0.0)).view(np.uint64)
-        return np.where(np.asarray(pc.is_null(array)), np.uint64(1), mix64(bits))
-    if pa.types.is_null(array.type):
-        return np.ones(len(array), np.uint64)
-    return hash_array(array)
-
-
-def _same_as_previous(array: pa.Array) -> npt.NDArray[np.bool_]:
-    """(N - 1,) whether each value equals the one before it (nulls equal nulls, NaN equals NaN), exactly."""
-    if is_list(array.type):
-        lengths, values = list_parts(array)
-        nulls = np.asarray(pc.is_null(array))
-        same: npt.NDArray[np.bool_] = (lengths[1:] == lengths[:-1]) & (nulls[1:] == nulls[:-1])
-        # compare element by element only where the lengths agree
-        rows = np.flatnonzero(same & (lengths[1:] > 0))
-        starts = starts_of(lengths)
-        left = value_positions(starts[rows], lengths[rows])
-        right = value_positions(starts[rows + 1], lengths[rows])
-        equal = _equal(values.take(pa.array(left)), values.take(pa.array(right)))
-        unequal = np.add.reduceat(~equal, starts_of(lengths[rows])) if len(rows) else np.zeros(0, np.int64)
-        same[rows] &= unequal == 0
-        return same
-    return _equal(array.slice(0, len(array) - 1), array.slice(1))
-
-
-def _equal(left: pa.Array, right: pa.Array) -> npt.NDArray[np.bool_]:
-    if pa.types.is_null(left.type):
-        return np.ones(len(left), np.bool_)
-    if is_list(left.type):
-        both = pa.concat_arrays([left, right])
-        codes = _content_hash(both)
-        same: npt.NDArray[np.bool_] = codes[: len(left)] == codes[len(left) :]
-        return same
-    equal: npt.NDArray[np.bool_] = np.array(pc.fill_null(pc.equal(left, right), False))
-    if left.null_count or right.null_count:
-        equal |= np.asarray(pc.and_(pc.is_null(left), pc.is_null(right)))
-    if pa.types.is_floating(left.type):
-        both_nan = pc.and_(pc.is_nan(left), pc.is_nan(right))
-        equal |= np.asarray(pc.fill_null(both_nan, False))
-    return equal
-
-
-def _run_starts(table: pa.Table, schema: Schema, hashes: npt.NDArray[np.uint64]) -> Positions:
-    """Positions where a new request begins, in rows sorted by the request key's hash. Keys are compared by
-    value: two requests whose keys share a hash would interleave, and are refused."""
-    same_hash = hashes[1:] == hashes[:-1]
-    same_key = np.ones(len(hashes) - 1, np.bool_)
-    for column in schema.keys.request:
-        same_key &= _same_as_previous(as_array(table.column(column)))
-    clash = np.flatnonzero(same_hash & ~same_key)
-    if len(clash):
-        raise DataError(
-            f"two requests share the hash of their key: {describe_request(table, schema, int(clash[0]))} and "
-            f"{describe_request(table, schema, int(clash[0]) + 1)}; add a column to keys.request"
-        )
-    return np.concatenate([[0], np.flatnonzero(~same_hash) + 1]).astype(np.int64)
-
-
-def describe_request(table: pa.Table, schema: Schema, row: int) -> str:
-    """``request_id=5, user_id=7``: the request key of a row, for messages."""
-    return ", ".join(f"{name}={table.column(name)[row].as_py()}" for name in schema.keys.request)
-
-
-def _refuse_duplicates(table: pa.Table, schema: Schema, first: Positions, lengths: Positions) -> None:
-    names = [name for name in schema.keys.impression if name not in schema.keys.request]
-    if not names:
-        return
-    request = np.repeat(np.arange(len(first)), lengths)
-    key = mix64(hash_rows(table, names))
-    order = np.lexsort([key, request])
-    twins = (request[order][1:] == request[order][:-1]) & (key[order][1:] == key[order][:-1])
-    if twins.any():
-        row = int(order[np.flatnonzero(twins)[0]])
-        values = ", ".join(f"{name}={table.column(name)[row].as_py()}" for name in names)
-        raise DataError(
-            f"{int(twins.sum())} duplicate impressions: request {describe_request(table, schema, row)} has "
-            f"{values} more than once; remove the duplicates, or name more columns in keys.impression"
-        )
-
-
-def _request_conflicts(
-    table: pa.Table, schema: Schema, first: Positions, lengths: Positions, on_conflict: OnConflict
+def _conflicts(
+    table: pa.Table,
+    schema: Schema,
+    order: Ints,
+    starts: Ints,
+    lengths: Ints,
+    on_conflict: OnConflict,
 ) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    inside = np.ones(table.num_rows, np.bool_)  # whether a row has its predecessor in the same request
-    inside[first] = False
-    request = np.repeat(np.arange(len(first)), lengths)
-    for column in schema.request_columns:
-        if column in schema.keys.request or table.num_rows < 2:
+    first = np.repeat(order[starts], lengths)  # (rows,) the first row of each row's request
+    counts = {}
+    for name in schema.request_columns:
+        if name in schema.keys.request:
             continue
-        varies = inside[1:] & ~_same_as_previous(as_array(table.column(column)))
-        if not varies.any():
+        differs = differing_rows(table.column(name), order, first)
+        if not differs.any():
             continue
-        rows = np.flatnonzero(varies)
-        counts[f"request_conflicts.{column}"] = len(np.unique(request[rows]))
-        if on_conflict == "fail":
-            row = int(rows[0])
-            one, other = (_short(table.column(column)[r].as_py()) for r in (row, row + 1))
+        requests = np.unique(np.searchsorted(starts, np.flatnonzero(differs), side="right"))
+        at = int(np.flatnonzero(differs)[0])
+        key = describe_key(table, int(order[at]), schema.keys.request)
+        values = [_short(table.column(name)[int(row)].as_py()) for row in (first[at], order[at])]
+        if name == schema.keys.user:
             raise DataError(
-                f"column '{column}' is request-level and varies within {counts[f'request_conflicts.{column}']} "
-                f"requests; request {describe_request(table, schema, row)} has {one} and {other}; make it "
-                "impression-level in the schema, or set build.on_request_conflict to first or last"
+                f"the request key names several requests: user column '{name}' varies within {len(requests)} "
+                f"requests (first: {key}: {values[0]} and {values[1]}); add columns to keys.request"
             )
+        if on_conflict == "fail":
+            raise DataError(
+                f"column '{name}' varies within {len(requests)} requests (first: {key}: {values[0]} and "
+                f"{values[1]}), but the schema has it once per request; declare it impression-level, correct "
+                "the log, add columns to keys.request, or set build.on_request_conflict to first or last"
+            )
+        counts[name] = len(requests)
     return counts
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _assemble(
-    table: pa.Table, schema: Schema, first: Positions, lengths: Positions, on_conflict: OnConflict
-) -> pa.Table:
-    chosen = first + lengths - 1 if on_conflict == "last" else first
-    offsets = pa.array(np.append(first, table.num_rows).astype(np.int32))
-    columns = {name: as_array(table.column(name)).take(pa.array(chosen)) for name in schema.request_columns}
-    columns[NUM_IMPRESSIONS] = pa.array(lengths.astype(np.int32))
+def explode_requests(requests: pa.Table, schema: Schema) -> pa.Table:
+    """The impressions of request rows, in order: the schema's columns, the inverse of ``group_impressions`` up
+    to row order."""
+    lengths, _ = list_parts(as_array(requests.column(schema.impression_columns[0])))
+    rows = pa.array(np.repeat(np.arange(requests.num_rows), lengths))
+    columns = {name: as_array(requests.column(name)).take(rows) for name in schema.request_columns}
     for name in schema.impression_columns:
-        columns[name] = pa.ListArray.from_arrays(offsets, as_array(table.column(name)))
+        columns[name] = list_parts(as_array(requests.column(name)))[1]
     return pa.table(columns)
 
 
-def explode_requests(table: pa.Table, schema: Schema) -> pa.Table:
-    """Request rows -> impression rows: the inverse of ``group_impressions``, up to row order."""
-    table = table.combine_chunks()
-    lengths = np.asarray(as_array(table.column(NUM_IMPRESSIONS))).astype(np.int64)
-    rows = pa.array(np.repeat(np.arange(table.num_rows), lengths))
-    columns = {name: as_array(table.column(name)).take(rows) for name in schema.request_columns}
-    columns |= {name: as_array(table.column(name)).flatten() for name in schema.impression_columns}
-    return pa.table(columns)
-
-
-def with_num_impressions(table: pa.Table, schema: Schema) -> pa.Table:
-    """Rows of a source that has requests already, as request rows: adds ``num_impressions`` from the length of
-    the first impression column (``checks`` compares the others with it)."""
-    lengths = pc.fill_null(pc.list_value_length(table.column(schema.impression_columns[0])), 0)
-    columns: Sequence[str] = [*schema.request_columns, NUM_IMPRESSIONS, *schema.impression_columns]
-    return table.append_column(NUM_IMPRESSIONS, lengths.cast(pa.int32())).select(list(columns))
+def explode_in_slices(requests: pa.Table, schema: Schema, impressions: int, values: int) -> Iterator[pa.Table]:
+    """``explode_requests`` in tables of about so many impressions and so many values of lists at most."""
+    lengths = np.asarray(requests.column(NUM_IMPRESSIONS)).astype(np.int64)
+    size = np.zeros(requests.num_rows, np.int64)
+    for name in schema.request_columns:
+        array = as_array(requests.column(name))
+        if pa.types.is_list(array.type):
+            size += list_parts(array)[0] * lengths
+    cost: npt.NDArray[np.float64] = np.cumsum(np.maximum(lengths / impressions, size / values))
+    begin = 0
+    while begin < requests.num_rows:
+        done = cost[begin - 1] if begin else 0.0
+        end = max(begin + 1, int(np.searchsorted(cost, done + 1.0, side="right")))
+        yield explode_requests(requests.slice(begin, end - begin), schema)
+        begin = end

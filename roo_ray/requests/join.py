@@ -1,252 +1,280 @@
-"""Builds a request data set: two Ray Data stages through hash-bucket files, then the manifest.
+"""The request joiner: a source of any size becomes a published version of a request data set, on Ray Data.
 
-Stage 1, a task per unit of the source: rows are dealt to buckets by a hash of their request key and written to
-a staging folder beside the data set. Stage 2, a task per bucket: its rows are grouped, checked and written as
-shards. Memory is bounded by the size of a bucket, and nothing passes through the object store but counts. The
-manifest is published last; a build that fails leaves nothing.
+Two stages of independent tasks (see ``stages``), then the accounting, then the manifest, which publishes. A
+build that fails leaves nothing: readers see the version before it, or no data set.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pickle
 import time
+import traceback
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 import ray
-import ray.data
 
-from roo_ray.config import Build, Config
-from roo_ray.errors import DataError, RooError
-from roo_ray.requests import ledger
-from roo_ray.requests.checks import check_requests
-from roo_ray.requests.grouping import explode_requests, group_impressions, with_num_impressions
-from roo_ray.requests.hashing import hash_rows
-from roo_ray.requests.manifest import Manifest, ShardFile, manifest_versions, publish_manifest
-from roo_ray.requests.shards import day_slices, write_shard
-from roo_ray.schema import Schema
+from roo_ray.config import Config
+from roo_ray.errors import BadInput, ConfigError, DataError, RooError
+from roo_ray.requests.checks import check_types
+from roo_ray.requests.ledger import add_sizes, make_ledger
+from roo_ray.requests.manifest import Manifest, manifest_versions, publish_manifest
+from roo_ray.requests.shards import DATA, version_folder
+from roo_ray.requests.stages import BuildPlan, Gathered, Scattered, gather, readable_failure, scatter
 from roo_ray.sources import open_source
-from roo_ray.sources.base import ReadUnit, Source
+from roo_ray.sources.base import ReadUnit
 from roo_ray.storage import open_filesystem
 
-Progress = Callable[[str], None]
-BUCKET_BYTES = 128_000_000  # of rows in memory; grouping takes about three times that
-SMALL_BUCKET_BYTES = 8_000_000  # a small log is cut into up to MIN_BUCKETS of these, to use the cores
-MIN_BUCKETS = 4
+STAGING = "_staging"
+BUCKET_BYTES = 128_000_000
+LEAST_BUCKETS, MOST_BUCKETS = 4, 4096
+SECONDS_BETWEEN_WORDS = 3.0
+ABORT = "ABORT"
+
+Say = Callable[[str], None]
+Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class BuildTask:
-    """What every task of a build needs. ``staging`` and ``folder`` are relative to the data set."""
+def build_requests(config: Config, progress: Say) -> Manifest:
+    """Builds the next version of the data set at ``config.requests`` from ``config.source`` and publishes it.
 
-    data_set: str
-    staging: str
-    folder: str
-    schema: Schema
-    build: Build
-    source: Source
-    buckets: int
-
-    def deal(self, unit: ReadUnit) -> dict[str, Any]:
-        """Stage 1: writes a unit's rows to their buckets; returns counts."""
-        filesystem, base = open_filesystem(self.data_set)
-        rows = 0
-        for number, table in enumerate(self.source.batches(unit)):
-            rows += table.num_rows
-            bucket = hash_rows(table, self.schema.keys.request) % np.uint64(self.buckets)
-            order = np.argsort(bucket, kind="stable")
-            table = table.take(pa.array(order))
-            cuts = np.searchsorted(bucket[order], np.arange(self.buckets + 1, dtype=np.uint64))
-            for index in np.flatnonzero(np.diff(cuts)):
-                name = f"{base}/{self.staging}/bucket={index:05d}/{unit.index:06d}-{number:06d}.arrow"
-                part = table.slice(cuts[index], cuts[index + 1] - cuts[index])
-                filesystem.create_dir(os.path.dirname(name), recursive=True)
-                options = pa.ipc.IpcWriteOptions(compression="lz4")
-                with (
-                    filesystem.open_output_stream(name) as stream,
-                    pa.ipc.new_stream(stream, part.schema, options=options) as writer,
-                ):
-                    writer.write_table(part)
-        return {"rows": rows}
-
-    def write(self, bucket: int) -> dict[str, Any]:
-        """Stage 2: a bucket's rows to shards; returns their descriptions, counts and ledger."""
-        rows = self._bucket_rows(bucket)
-        if rows is None:
-            return {"files": [], "counts": {"rows_read": 0}, "costs": {}}
-        counts: dict[str, int] = {"rows_read": rows.num_rows}
-        if self.source.units()[0].kind == "impressions":
-            requests, conflicts = group_impressions(rows, self.schema, self.build.on_request_conflict)
-            counts |= conflicts
-        else:
-            requests = with_num_impressions(rows, self.schema)
-            _refuse_repeated_requests(requests, self.schema)
-        counts |= check_requests(requests, self.schema)
-        costs = ledger.table_costs(requests, self.schema)
-        if self.source.disk_bytes() is None:
-            exploded = explode_requests(requests, self.schema)
-            for name, size in ledger.exploded_bytes(exploded, self.build.compression_level).items():
-                costs[name]["disk_bytes"]["impression"] = size
-        files = []
-        for day, part in day_slices(requests, self.schema):
-            path = f"{self.folder}/day={day}/part-{bucket:05d}.parquet"
-            files.append(write_shard(self.data_set, path, day, part, self.schema, self.build))
-            for name, size in self._disk_bytes(path).items():
-                costs[name]["disk_bytes"]["request"] += size
-        return {"files": [file.model_dump() for file in files], "counts": counts, "costs": costs}
-
-    def _bucket_rows(self, bucket: int) -> pa.Table | None:
-        filesystem, base = open_filesystem(self.data_set)
-        folder = pafs.FileSelector(f"{base}/{self.staging}/bucket={bucket:05d}", allow_not_found=True)
-        tables = []
-        for path in sorted(info.path for info in filesystem.get_file_info(folder)):
-            with filesystem.open_input_file(path) as file:
-                tables.append(pa.ipc.open_stream(file).read_all())
-        return pa.concat_tables(tables) if tables else None
-
-    def _disk_bytes(self, path: str) -> dict[str, int]:
-        filesystem, base = open_filesystem(self.data_set)
-        with filesystem.open_input_file(f"{base}/{path}") as file:
-            return ledger.footer_bytes(pq.read_metadata(file), self.schema.columns)
-
-
-def default_buckets(size: int) -> int:
-    """Hash buckets for a log of ``size`` bytes in memory."""
-    return max(min(MIN_BUCKETS, -(-size // SMALL_BUCKET_BYTES)), -(-size // BUCKET_BYTES), 1)
-
-
-def _refuse_repeated_requests(requests: pa.Table, schema: Schema) -> None:
-    hashes = np.sort(hash_rows(requests, schema.keys.request))
-    repeated = int((hashes[1:] == hashes[:-1]).sum())
-    if repeated:
-        raise DataError(
-            f"{repeated} requests repeat the key of another ({', '.join(schema.keys.request)}); published ids are "
-            "not always unique: name more columns in keys.request"
-        )
-
-
-def build_requests(config: Config, progress: Progress) -> Manifest:
-    """Builds and publishes the next version of ``config.requests`` from ``config.source``; Ray is running.
-
-    Raises DataError, one message, for whatever the source, the kernel or the checks refuse; then nothing of this
-    build is left.
+    Ray must be initialised. ``progress`` gets a line now and then. Raises ConfigError where the config has no
+    source, DataError where the data breaks a rule or another build is at work (nothing is published then, and
+    nothing of this build stays), RooError where the machine fails.
     """
     if config.source is None:
-        raise DataError("the config has no 'source' section: there is nothing to build requests from")
+        raise ConfigError("the config has no 'source' section: there is nothing to build requests from")
+    paths = config.source.path if isinstance(config.source.path, list) else [config.source.path]
+    if config.requests in paths:
+        raise ConfigError(f"source.path and requests are the same folder, {config.requests}; they must differ")
     source = open_source(config.source, config.request_schema)
     units = source.units()
-    version = max(manifest_versions(config.requests), default=0) + 1
-    size = sum(unit.bytes for unit in units)
-    build_id = uuid.uuid4().hex[:12]
-    task = BuildTask(
-        data_set=config.requests,
-        staging=f"_staging/{build_id}",
-        folder=f"data/v{version:06d}-{build_id}",
-        schema=config.request_schema,
-        build=config.build,
-        source=source,
-        buckets=config.build.buckets or default_buckets(size),
-    )
-    published = False
-    try:
-        manifest = _run(task, units, version, progress)
-        publish_manifest(config.requests, manifest)
-        published = True
-    finally:
-        _remove(config.requests, task.staging)
-        if not published:
-            _remove(config.requests, task.folder)
-    progress(
-        f"published version {version} of {config.requests}: {manifest.requests:,} requests, "
-        f"{manifest.impressions:,} impressions in {len(manifest.files)} files"
-    )
+    check_types(source.row_schema, config.request_schema, units[0].kind)
+    with _only_writer(config.requests) as version:
+        plan = BuildPlan(
+            source=source,
+            schema=config.request_schema,
+            build=config.build,
+            kind=units[0].kind,
+            buckets=config.build.buckets or _default_buckets(units),
+            staging=_join(config.requests, STAGING, uuid.uuid4().hex[:12]),
+            data_set=config.requests,
+            version=version,
+        )
+        filesystem, staging = open_filesystem(plan.staging)
+        data = f"{open_filesystem(config.requests)[1]}/{version_folder(version)}"
+        published = False
+        try:
+            filesystem.create_dir(staging, recursive=True)
+            manifest = _run(plan, units, progress)
+            _remove_strays(filesystem, data, manifest)
+            publish_manifest(config.requests, manifest)
+            published = True
+        finally:
+            _remove(filesystem, staging)
+            _remove_if_empty(filesystem, os.path.dirname(staging))
+            if not published:
+                _remove(filesystem, data)
+                _remove_if_empty(filesystem, os.path.dirname(data))
     return manifest
 
 
-def every_seconds(seconds: float) -> Callable[[], bool]:
-    """A function that is true at most once in so many seconds."""
-    last = time.monotonic()
+def _run(plan: BuildPlan, units: Sequence[ReadUnit], progress: Say) -> Manifest:
+    rows = sum(unit.rows for unit in units)
+    files = len({unit.path for unit in units})
+    progress(f"reading {rows:,} {plan.kind} from {files:,} files into {plan.buckets} buckets ({len(units):,} tasks)")
+    scattered = _map(plan, "reading", [(scatter, (plan, unit)) for unit in units], Scattered, progress)
+    read = sum(result.impressions for result in scattered)
+    progress(f"grouping, checking and writing {read:,} impressions ({plan.buckets} tasks)")
+    tasks = [(gather, (plan, bucket, len(units))) for bucket in range(plan.buckets)]
+    gathered = _map(plan, "writing", tasks, Gathered, progress)
 
-    def due() -> bool:
-        nonlocal last
-        if time.monotonic() - last < seconds:
-            return False
-        last = time.monotonic()
-        return True
-
-    return due
-
-
-def _run(task: BuildTask, units: list[ReadUnit], version: int, progress: Progress) -> Manifest:
-    total = sum(unit.rows for unit in units)
-    dealt = 0
-    time_for_a_line = every_seconds(2.0)
-    for done, result in enumerate(_map(task.deal, units), start=1):
-        dealt += result["rows"]
-        if time_for_a_line() or done == len(units):
-            progress(f"reading: {done}/{len(units)} units, {dealt:,}/{total:,} rows")
-    files: list[ShardFile] = []
-    counts: dict[str, int] = {}
-    costs: ledger.Costs = {}
-    for done, result in enumerate(_map(task.write, list(range(task.buckets))), start=1):
-        files += [ShardFile.model_validate(file) for file in result["files"]]
-        for name, value in result["counts"].items():
-            counts[name] = counts.get(name, 0) + value
-        ledger.add_costs(costs, result["costs"])
-        if time_for_a_line() or done == task.buckets:
-            progress(f"grouping: {done}/{task.buckets} buckets, {sum(f.requests for f in files):,} requests")
-    impression_rows = units[0].kind == "impressions"
-    written = sum(f.impressions if impression_rows else f.requests for f in files)
-    if not total == dealt == counts.get("rows_read", 0) == written:
-        raise DataError(
-            f"rows were lost: the source has {total:,}, {dealt:,} were read, {counts.get('rows_read', 0):,} grouped "
-            f"and {written:,} written; nothing is published"
-        )
-    counts |= {"requests": sum(f.requests for f in files), "impressions": sum(f.impressions for f in files)}
-    task.source.verify(counts)
-    logged = task.source.disk_bytes()
-    for name, size in (logged or {}).items():
-        costs[name]["disk_bytes"]["impression"] = size
-    how = "as logged" if logged is not None else "of the exploded rows, written with the same codec"
+    shards = sorted((file for result in gathered for file in result.files), key=lambda file: file.path)
+    counts = {"units_read": len(units), "rows_read": sum(result.rows for result in scattered)}
+    counts |= {"impressions_read": read, **plan.source.counts()}
+    for result in gathered:
+        for name, number in result.counts.items():
+            counts[name] = counts.get(name, 0) + number
+    counts["requests"] = sum(file.requests for file in shards)
+    counts["impressions"] = sum(file.impressions for file in shards)
+    _account(plan, counts, rows, sum(result.rows for result in gathered))
+    progress(f"{counts['requests']:,} requests with {counts['impressions']:,} impressions, all accounted for")
     return Manifest(
-        version=version,
-        schema_yaml=task.schema.to_yaml(),
-        schema_digest=task.schema.digest,
-        files=sorted(files, key=lambda file: file.path),
+        version=plan.version,
+        schema_yaml=plan.schema.to_yaml(),
+        schema_digest=plan.schema.digest,
+        files=shards,
         counts=counts,
-        ledger=ledger.make_ledger(costs, task.schema, f"impression-level disk bytes: {how}"),
+        ledger=_ledger(plan, gathered),
     )
 
 
-def _map(function: Callable[[Any], dict[str, Any]], items: list[Any]) -> Iterator[dict[str, Any]]:
-    """Applies ``function`` to each item in Ray Data tasks; yields results as they come. An error of ours in a
-    task is raised as it was."""
-
-    def run(row: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return {"result": [function(row["item"])]}
-        except RooError as error:  # brought home as a value: Ray would wrap it in pages of traceback
-            return {"result": [error]}
-
-    data = ray.data.from_items([{"item": item} for item in items], override_num_blocks=len(items))
-    for row in data.map(run).iter_rows():
-        result = row["result"][0]
-        if isinstance(result, RooError):
-            raise result
-        yield result
+def _account(plan: BuildPlan, counts: dict[str, int], listed: int, gathered: int) -> None:
+    """Raises RooError unless every row that the footers list was read, regrouped and written."""
+    stations = {"listed in footers": listed, "read": counts["rows_read"], "grouped": gathered}
+    if plan.kind == "requests":
+        stations["written"] = counts["requests"]
+    if len(set(stations.values())) > 1 or counts["impressions_read"] != counts["impressions"]:
+        found = ", ".join(f"{number:,} {station}" for station, number in stations.items())
+        raise RooError(
+            f"rows were lost or doubled: {found} {plan.kind}; {counts['impressions_read']:,} impressions "
+            f"read, {counts['impressions']:,} written; nothing is published. If the source's files "
+            "changed during the build, run it again"
+        )
 
 
-def _remove(data_set: str, folder: str) -> None:
+def _ledger(plan: BuildPlan, gathered: Sequence[Gathered]) -> dict[str, Any]:
+    sizes = add_sizes(result.sizes for result in gathered)
+    logged = plan.source.disk_bytes()
+    written = f"zstd level {plan.build.compression_level}"
+    if logged is None:
+        how = (
+            "the source has request rows, so impression-level disk bytes are those of the same rows exploded "
+            f"and written with the same codec ({written}), requests together"
+        )
+    else:
+        how = f"impression-level disk bytes are those of the source's Parquet files ({plan.source.codec})"
+        for name, size in logged.items():
+            sizes[name]["disk_bytes"]["impression"] = size
+    how += (
+        f"; request-level ones of the written shards ({written}). Compressed column bytes from the footers. "
+        "Elements are single values; memory is their plain Arrow size with 4-byte offsets"
+    )
+    return make_ledger(sizes, plan.schema, how)
+
+
+# ---- tasks ---------------------------------------------------------------------------------------
+
+
+def _run_task(batch: pa.Table, plan: BuildPlan, what: str) -> pa.Table:
+    """Runs a task in a Ray Data worker; errors come back as values, so that one clear line reaches the user."""
+    number = batch.column("number")[0].as_py()
+    filesystem, staging = open_filesystem(plan.staging)
+    outcome: tuple[str, Any]
+    try:
+        if filesystem.get_file_info(f"{staging}/{ABORT}").type != pafs.FileType.NotFound:
+            outcome = ("skipped", None)
+        else:
+            function, arguments = pickle.loads(batch.column("task")[0].as_py())
+            outcome = ("done", function(plan, *arguments))
+    except Exception as error:
+        readable = readable_failure(error, f"{what} (task {number})")
+        kind = "refused" if isinstance(readable, BadInput) else "failed"
+        trace = "" if isinstance(error, RooError) else f"\n{traceback.format_exc()}"
+        outcome = (kind, str(readable) if kind == "refused" else f"{readable}{trace}")
+    return pa.table({"number": [number], "outcome": [pickle.dumps(outcome)]})
+
+
+def _map(
+    plan: BuildPlan,
+    what: str,
+    tasks: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]],
+    kind: type[Result],
+    progress: Say,
+) -> list[Result]:
+    """The results of all tasks, in order. After a failure no further task begins, those at work end, and the
+    failure of the first task in order is raised."""
+    # the plan travels once, with the function, not with each task
+    items = [
+        {"number": number, "task": pickle.dumps((function, arguments[1:]))}
+        for number, (function, arguments) in enumerate(tasks)
+    ]
+    data = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        _run_task, batch_size=None, batch_format="pyarrow", fn_kwargs={"plan": plan, "what": what}
+    )
+    results: dict[int, Result] = {}
+    failures: dict[int, RooError] = {}
+    said = time.monotonic()
+    for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for number, packed in zip(batch.column("number").to_pylist(), batch.column("outcome"), strict=True):
+            state, value = pickle.loads(packed.as_py())
+            if state == "done":
+                assert isinstance(value, kind)
+                results[number] = value
+            elif state != "skipped":
+                failures[number] = DataError(value) if state == "refused" else RooError(value)
+                filesystem, staging = open_filesystem(plan.staging)
+                filesystem.open_output_stream(f"{staging}/{ABORT}").close()
+        if time.monotonic() - said > SECONDS_BETWEEN_WORDS:
+            said = time.monotonic()
+            progress(f"{what}: {len(results):,} of {len(tasks):,} tasks done")
+    if failures:
+        raise failures[min(failures)]
+    if len(results) != len(tasks):
+        raise RooError(f"{what}: {len(tasks) - len(results)} of {len(tasks)} tasks gave no result; run it again")
+    return [results[number] for number in range(len(tasks))]
+
+
+def _default_buckets(units: Sequence[ReadUnit]) -> int:
+    size = sum(unit.bytes for unit in units)
+    return max(LEAST_BUCKETS, min(MOST_BUCKETS, -(-size // BUCKET_BYTES)))
+
+
+# ---- versions and clean-up -----------------------------------------------------------------------
+
+
+def _join(path: str, *parts: str) -> str:
+    base, mark, query = path.partition("?") if "://" in path else (path, "", "")
+    return "/".join([base.rstrip("/"), *parts]) + mark + query
+
+
+def _data_versions(filesystem: pafs.FileSystem, base: str) -> list[int]:
+    listing = filesystem.get_file_info(pafs.FileSelector(f"{base}/{DATA}", allow_not_found=True))
+    names = [os.path.basename(item.path) for item in listing if item.type == pafs.FileType.Directory]
+    return [int(name[1:]) for name in names if name[:1] == "v" and name[1:].isdigit()]
+
+
+@contextmanager
+def _only_writer(data_set: str) -> Iterator[int]:
+    """The number of the version to build, as its only writer.
+
+    Locally a lock on the data set's folder, which the system drops with the process, keeps a second build out;
+    what a killed build left is removed. On an object store, where there is no lock, a number is taken that no
+    other build has begun, and the manifest's publication decides.
+    """
     filesystem, base = open_filesystem(data_set)
-    if filesystem.get_file_info(f"{base}/{folder}").type == pafs.FileType.Directory:
-        filesystem.delete_dir(f"{base}/{folder}")
-    parent = os.path.dirname(f"{base}/{folder}")
-    left = filesystem.get_file_info(pafs.FileSelector(parent, allow_not_found=True))
-    if os.path.basename(parent) == "_staging" and not left and filesystem.get_file_info(parent).type.name != "NotFound":
-        filesystem.delete_dir(parent)
+    newest = max(manifest_versions(data_set), default=0)
+    if not isinstance(filesystem, pafs.LocalFileSystem):
+        yield 1 + max([newest, *_data_versions(filesystem, base)])
+        return
+    os.makedirs(base, exist_ok=True)
+    folder = os.open(base, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"another build is writing {data_set}; wait for it or stop it") from None
+        newest = max(manifest_versions(data_set), default=0)
+        _remove(filesystem, f"{base}/{STAGING}")
+        for version in _data_versions(filesystem, base):
+            if version > newest:
+                _remove(filesystem, f"{base}/{version_folder(version)}")
+        yield newest + 1
+    finally:
+        os.close(folder)
+
+
+def _remove(filesystem: pafs.FileSystem, folder: str) -> None:
+    if filesystem.get_file_info(folder).type == pafs.FileType.Directory:
+        filesystem.delete_dir(folder)
+
+
+def _remove_if_empty(filesystem: pafs.FileSystem, folder: str) -> None:
+    info = filesystem.get_file_info(folder)
+    if info.type == pafs.FileType.Directory and not filesystem.get_file_info(pafs.FileSelector(folder)):
+        filesystem.delete_dir(folder)
+
+
+def _remove_strays(filesystem: pafs.FileSystem, data: str, manifest: Manifest) -> None:
+    """Removes what a task that was killed and run again has left half-written."""
+    named = {file.path.rsplit("/", 2)[-2] + "/" + file.path.rsplit("/", 1)[-1] for file in manifest.files}
+    for item in filesystem.get_file_info(pafs.FileSelector(data, recursive=True)):
+        inside = "/".join(item.path.split("/")[-2:])
+        if item.type == pafs.FileType.File and inside not in named:
+            filesystem.delete_file(item.path)

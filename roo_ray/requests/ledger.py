@@ -1,7 +1,7 @@
-"""The ledger: what each column costs impression-level and request-level, in elements and bytes.
+"""The dedup ledger: elements and bytes of each column at impression level against request level.
 
-A plain dict that goes into the manifest: ``columns[name]`` and ``totals``, each with ``elements``,
-``memory_bytes`` (Arrow) and ``disk_bytes`` (compressed Parquet), each with ``impression`` and ``request``.
+Elements are single values (ids, numbers, words, history events); memory is their plain Arrow size (values, and
+4 bytes an offset for each list or string); disk bytes are compressed column bytes from Parquet footers.
 """
 
 from __future__ import annotations
@@ -10,128 +10,155 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from roo_ray.lists import as_array, is_list, list_parts
-from roo_ray.requests.grouping import NUM_IMPRESSIONS
+from roo_ray.requests.grouping import NUM_IMPRESSIONS, explode_in_slices
+from roo_ray.requests.shards import WriteOptions, column_bytes
 from roo_ray.schema import Schema
-from roo_ray.sources.base import leaf_columns
+from roo_ray.sources.columns import as_array, is_list, list_parts
 
-MEASURES = ("elements", "memory_bytes", "disk_bytes")
-Costs = dict[str, dict[str, dict[str, float]]]
+KINDS = ("elements", "memory_bytes", "disk_bytes")
+OFFSET_BYTES = 4
+EXPLODED_IMPRESSIONS = 100_000
+EXPLODED_VALUES = 8_000_000
+
+Weights = npt.NDArray[np.int64]
+Sizes = dict[str, dict[str, dict[str, int]]]
 
 
-def leaf_values(array: pa.Array) -> tuple[Any, int]:
-    """((N,) values per row, bytes of one value) with lists counted by their values."""
-    if is_list(array.type):
+def measure(array: pa.Array, copies: Weights) -> tuple[int, int]:
+    """(elements, memory bytes) of an array whose row i is stored ``copies[i]`` times."""
+    kind = array.type
+    if is_list(kind):
         lengths, values = list_parts(array)
-        inner, width = leaf_values(values)
-        sums = np.concatenate([[0], np.cumsum(inner)])
-        ends = np.cumsum(lengths)
-        return sums[ends] - sums[ends - lengths], width
-    if pa.types.is_string(array.type) or pa.types.is_binary(array.type):
-        return np.ones(len(array), np.int64), max(1, array.nbytes // max(len(array), 1))
-    return np.ones(len(array), np.int64), max(1, array.type.bit_width // 8 if not pa.types.is_null(array.type) else 1)
+        elements, size = measure(values, np.repeat(copies, lengths))
+        return elements, size + OFFSET_BYTES * int(copies.sum())
+    if pa.types.is_struct(kind):
+        parts = [measure(field, copies) for field in array.flatten()]
+        return sum(p[0] for p in parts), sum(p[1] for p in parts)
+    elements = int(copies.sum())
+    if pa.types.is_string(kind) or pa.types.is_binary(kind):
+        lengths = np.asarray(pc.fill_null(pc.binary_length(array), 0)).astype(np.int64)
+        return elements, int((lengths * copies).sum()) + OFFSET_BYTES * elements
+    if pa.types.is_null(kind):
+        return elements, 0
+    return elements, (elements * kind.bit_width + 7) // 8
 
 
-def table_costs(table: pa.Table, schema: Schema) -> Costs:
-    """Elements and bytes in memory of request rows, request-level and as if exploded, per column."""
-    impressions = np.asarray(as_array(table.column(NUM_IMPRESSIONS))).astype(np.int64)
-    costs: Costs = {}
-    for name in schema.columns:
-        per_row, width = leaf_values(as_array(table.column(name)))
-        once = int(per_row.sum())
-        exploded = int((per_row * impressions).sum()) if name in schema.request_columns else once
-        costs[name] = {
-            "elements": {"impression": exploded, "request": once},
-            "memory_bytes": {"impression": exploded * width, "request": once * width},
-            "disk_bytes": {"impression": 0, "request": 0},
+def measure_requests(requests: pa.Table, schema: Schema) -> Sizes:
+    """Column -> elements and memory bytes at both levels, of request rows."""
+    ones = np.ones(requests.num_rows, np.int64)
+    copies = np.asarray(requests.column(NUM_IMPRESSIONS)).astype(np.int64)
+    sizes: Sizes = {}
+    for name in [*schema.columns, NUM_IMPRESSIONS]:
+        array = as_array(requests.column(name))
+        stored = measure(array, ones)
+        if name == NUM_IMPRESSIONS:
+            logged = (0, 0)
+        elif name in schema.request_columns:
+            logged = measure(array, copies)
+        else:
+            values = list_parts(array)[1]
+            logged = measure(values, np.ones(len(values), np.int64))
+        sizes[name] = {
+            kind: {"impression": logged[i], "request": stored[i]} for i, kind in enumerate(("elements", "memory_bytes"))
         }
-    return costs
+    return sizes
 
 
-def footer_bytes(footer: Any, columns: Iterable[str]) -> dict[str, int]:
-    """Compressed bytes per column of a Parquet file."""
-    totals = dict.fromkeys(columns, 0)
-    leaves = leaf_columns(footer)
-    for group in range(footer.num_row_groups):
-        for i, name in enumerate(leaves):
-            if name in totals:
-                totals[name] += footer.row_group(group).column(i).total_compressed_size
+def exploded_disk_bytes(requests: pa.Table, schema: Schema, options: WriteOptions) -> dict[str, int]:
+    """Compressed bytes per column of the rows as an impression table: written with the same codec into
+    memory, in slices of bounded memory, in the order of the rows (requests together: the smallest it gets)."""
+    totals = dict.fromkeys(schema.columns, 0)
+    for table in explode_in_slices(requests, schema, EXPLODED_IMPRESSIONS, EXPLODED_VALUES):
+        stream = pa.BufferOutputStream()
+        with pq.ParquetWriter(
+            stream, table.schema, compression="zstd", compression_level=options.compression_level
+        ) as writer:
+            writer.write_table(table)
+        for name, size in column_bytes(pq.read_metadata(pa.BufferReader(stream.getvalue()))).items():
+            totals[name] += size
     return totals
 
 
-def exploded_bytes(exploded: pa.Table, compression_level: int) -> dict[str, int]:
-    """Compressed bytes per column that impression rows take in Parquet (zstd), written to memory and dropped."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(exploded, sink, compression="zstd", compression_level=compression_level)
-    return footer_bytes(pq.read_metadata(pa.BufferReader(sink.getvalue())), exploded.column_names)
+def add_sizes(parts: Iterable[Mapping[str, Mapping[str, Mapping[str, int]]]]) -> Sizes:
+    """The sum of several measurements."""
+    total: Sizes = {}
+    for part in parts:
+        for column, kinds in part.items():
+            for kind, levels in kinds.items():
+                into = total.setdefault(column, {}).setdefault(kind, {"impression": 0, "request": 0})
+                for level, value in levels.items():
+                    into[level] += value
+    return total
 
 
-def add_costs(total: Costs, more: Costs) -> None:
-    """Adds ``more`` to ``total`` in place."""
-    for name, measures in more.items():
-        if name not in total:
-            total[name] = {m: dict(v) for m, v in measures.items()}
-            continue
-        for measure, sides in measures.items():
-            for side, value in sides.items():
-                total[name][measure][side] += value
+def make_ledger(sizes: Sizes, schema: Schema, how: str) -> dict[str, Any]:
+    """The ledger as plain JSON: ``columns`` (level, elements, memory_bytes, disk_bytes, each at impression and
+    request level), ``totals`` and ``how`` it was measured."""
+    columns = {}
+    totals = {kind: {"impression": 0, "request": 0} for kind in KINDS}
+    for name in [*schema.columns, NUM_IMPRESSIONS]:
+        level = "impression" if name in schema.impression_columns else "request"
+        columns[name] = {"level": level} | {kind: sizes[name][kind] for kind in KINDS}
+        for kind in KINDS:
+            for side in ("impression", "request"):
+                totals[kind][side] += sizes[name][kind][side]
+    return {"columns": columns, "totals": totals, "how": how}
 
 
-def make_ledger(columns: Costs, schema: Schema, how: str) -> dict[str, Any]:
-    """The ledger of summed column costs; ``how`` says where the impression-level bytes come from."""
-    totals = {
-        measure: {side: sum(c[measure][side] for c in columns.values()) for side in ("impression", "request")}
-        for measure in MEASURES
-    }
-    request_level = set(schema.request_columns)
-    return {
-        "columns": {
-            name: {"level": "request" if name in request_level else "impression", **columns[name]}
-            for name in schema.columns
-            if name in columns
-        },
-        "totals": totals,
-        "how": how,
-    }
+def _ratio(sides: Mapping[str, int]) -> float:
+    return sides["impression"] / sides["request"] if sides["request"] else 1.0
 
 
-def _ratio(sides: Mapping[str, float]) -> float:
-    return sides["impression"] / sides["request"] if sides["request"] else float("nan")
-
-
-def ledger_metrics(ledger: Mapping[str, Any]) -> dict[str, float]:
-    """Totals and dedup ratios under flat names."""
-    if not ledger:
-        return {}
-    metrics = {}
-    for measure in MEASURES:
-        sides = ledger["totals"][measure]
-        metrics[f"dedup_ratio_{measure}"] = _ratio(sides)
-        metrics[f"{measure}_impression_level"] = float(sides["impression"])
-        metrics[f"{measure}_request_level"] = float(sides["request"])
-    return metrics
-
-
-def _size(count: float) -> str:
-    for unit in ("", "k", "M", "G"):
-        if abs(count) < 1000:
-            return f"{count:,.0f}{unit}" if not unit else f"{count:,.1f}{unit}"
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
         count /= 1000
-    return f"{count:,.1f}T"
+    return f"{count:,.1f} TB"
 
 
 def ledger_table(ledger: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """(header, rows of text): per column and in all, elements and bytes on disk, impression- and request-level."""
-    header = ["column", "level", "elements", "request-level", "ratio", "disk bytes", "request-level", "ratio"]
-    rows = []
-    entries = [*ledger["columns"].items(), ("all", {"level": "", **ledger["totals"]})]
-    for name, entry in entries:
-        row = [name, entry["level"]]
-        for measure in ("elements", "disk_bytes"):
-            sides = entry[measure]
-            row += [_size(sides["impression"]), _size(sides["request"]), f"{_ratio(sides):.1f}x"]
-        rows.append(row)
-    return header, rows
+    """(header, rows) of text: per column, and last in all, elements (values) and disk bytes as logged
+    (impression level) and grouped (request level) with their ratios, and the ratio in memory."""
+    header = ["column", "level", "values, logged", "grouped", "ratio"]
+    header += ["disk, logged", "grouped", "ratio", "memory ratio"]
+
+    def row(name: str, level: str, sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
+        def ratio(kind: str) -> str:
+            return f"{_ratio(sizes[kind]):.2f}x" if sizes[kind]["impression"] else "-"
+
+        elements, disk = sizes["elements"], sizes["disk_bytes"]
+        return [
+            name,
+            {"request": "RO", "impression": "NRO"}.get(level, level),
+            f"{elements['impression']:,}",
+            f"{elements['request']:,}",
+            ratio("elements"),
+            _bytes(disk["impression"]),
+            _bytes(disk["request"]),
+            ratio("disk_bytes"),
+            ratio("memory_bytes"),
+        ]
+
+    rows = [row(name, entry["level"], entry) for name, entry in ledger["columns"].items()]
+    return header, [*rows, row("total", "", ledger["totals"])]
+
+
+def ledger_metrics(ledger: Mapping[str, Any]) -> dict[str, float]:
+    """Dedup ratios (elements, memory and disk bytes; also of the request-level columns alone) and disk bytes at
+    both levels, as metrics. Empty for an empty ledger."""
+    if not ledger:
+        return {}
+    metrics = {f"dedup_ratio_{kind}": _ratio(ledger["totals"][kind]) for kind in KINDS}
+    user_side = [e for e in ledger["columns"].values() if e["level"] == "request"]
+    for kind in KINDS:
+        sides = {side: sum(entry[kind][side] for entry in user_side) for side in ("impression", "request")}
+        metrics[f"dedup_ratio_{kind}_request_columns"] = _ratio(sides)
+    for side in ("impression", "request"):
+        metrics[f"disk_bytes_{side}_level"] = float(ledger["totals"]["disk_bytes"][side])
+    return metrics

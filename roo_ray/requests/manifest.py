@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 
 from roo_ray.errors import DataError
 from roo_ray.schema import Schema, Strict, parse_schema, readable_errors
-from roo_ray.storage import open_filesystem
+from roo_ray.storage import open_filesystem as open_filesystem  # also known under this module
 
 MANIFESTS = "_manifests"
 FORMAT = 1

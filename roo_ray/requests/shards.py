@@ -1,123 +1,194 @@
-"""Request shards: Parquet files of request rows, a folder per UTC day, row groups as units of reading."""
+"""Request shards: Parquet files of request rows, one UTC day each, written once and never changed.
+
+A file appears under its name complete or not at all, and the same rows give the same bytes. Rows are ordered by
+user and time, which compresses best; each column is encoded with or without a dictionary, whichever is smaller
+on a sample.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from roo_ray.config import Build
 from roo_ray.errors import DataError
-from roo_ray.lists import as_array, list_parts
+from roo_ray.requests.compare import Ints, sort_codes
 from roo_ray.requests.grouping import NUM_IMPRESSIONS
-from roo_ray.requests.hashing import hash_rows
 from roo_ray.requests.manifest import ShardFile, Unit
-from roo_ray.requests.times import day_name, epoch_seconds, utc_days
+from roo_ray.requests.times import Seconds, day_name, epoch_seconds, utc_days
 from roo_ray.schema import Schema
+from roo_ray.sources.base import leaf_columns
+from roo_ray.sources.columns import as_array, list_parts
 from roo_ray.storage import open_filesystem
 
-
-def day_slices(table: pa.Table, schema: Schema) -> Iterator[tuple[str, pa.Table]]:
-    """(UTC day of the request's time, its request rows ordered by user and time), days in order."""
-    seconds = epoch_seconds(table.column(schema.keys.time))
-    days = utc_days(seconds)
-    user = hash_rows(table, [schema.keys.user])
-    order = np.lexsort([hash_rows(table, schema.keys.request), seconds, user, days])
-    cuts = np.flatnonzero(days[order][1:] != days[order][:-1]) + 1
-    for rows in np.split(order, cuts):
-        if len(rows):
-            yield day_name(int(days[rows[0]])), table.take(pa.array(rows))
+DATA = "data"
+SAMPLE_ROWS = 1024
+DICTIONARY_GAIN = 0.98
 
 
-def _tokens(table: pa.Table, schema: Schema) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """(requests,) history events of all sequences."""
-    total = np.zeros(table.num_rows, np.int64)
-    for feature in schema.sequences:
-        total += list_parts(as_array(table.column(feature.sequence[0].column)))[0]
-    return total
+@dataclass(frozen=True)
+class WriteOptions:
+    """``row_group_requests``: requests per row group, the unit of reading; ``compression_level``: of zstd."""
+
+    row_group_requests: int
+    compression_level: int
+
+    def writer(self, stream: pa.NativeFile, schema: pa.Schema, dictionary: list[str]) -> pq.ParquetWriter:
+        """A Parquet writer with these options; ``dictionary``: the columns that are dictionary-encoded."""
+        return pq.ParquetWriter(
+            stream,
+            schema,
+            compression="zstd",
+            compression_level=self.compression_level,
+            use_dictionary=dictionary or False,
+            write_page_index=False,
+        )
 
 
-def dictionary_columns(table: pa.Table) -> list[str]:
-    """The columns whose values repeat enough for dictionary encoding to pay: at most half are distinct in a
-    sample of the first 100,000 values. (Parquet names the values of a list column ``name.list.element``.)"""
-    chosen = []
-    for name in table.column_names:
-        values = as_array(table.column(name))
-        path = name
-        while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
-            values = values.flatten()
-            path += ".list.element"
-        sample = values.slice(0, 100_000)
-        if pa.types.is_boolean(values.type) or not len(sample):
-            continue
-        if 2 * pc.count_distinct(sample, mode="all").as_py() <= len(sample):
-            chosen.append(path)
+def version_folder(version: int) -> str:
+    """``data/v000001``: where the files of a version lie in its data set."""
+    return f"{DATA}/v{version:06d}"
+
+
+def column_bytes(metadata: pq.FileMetaData) -> dict[str, int]:
+    """Compressed bytes of each top-level column, from the footer."""
+    names = leaf_columns(metadata)
+    totals = dict.fromkeys(names, 0)
+    for group in range(metadata.num_row_groups):
+        row_group = metadata.row_group(group)
+        for leaf, name in enumerate(names):
+            totals[name] += row_group.column(leaf).total_compressed_size
+    return totals
+
+
+def _leaf_paths(schema: pa.Schema, name: str) -> list[str]:
+    stream = pa.BufferOutputStream()
+    with pq.ParquetWriter(stream, pa.schema([schema.field(name)])) as writer:
+        writer.write_table(pa.schema([schema.field(name)]).empty_table())
+    footer = pq.read_metadata(pa.BufferReader(stream.getvalue()))
+    return [footer.schema.column(i).path for i in range(footer.num_columns)]
+
+
+def dictionary_columns(requests: pa.Table, options: WriteOptions) -> list[str]:
+    """The leaf columns for which dictionary encoding makes the first rows smaller; found by writing them both
+    ways."""
+    sample = requests.slice(0, min(SAMPLE_ROWS, options.row_group_requests)).combine_chunks()
+
+    def size(name: str, paths: list[str]) -> int:
+        stream = pa.BufferOutputStream()
+        one = sample.select([name])
+        with options.writer(stream, one.schema, paths) as writer:
+            writer.write_table(one)
+        return sum(column_bytes(pq.read_metadata(pa.BufferReader(stream.getvalue()))).values())
+
+    chosen: list[str] = []
+    for name in requests.column_names:
+        paths = _leaf_paths(requests.schema, name)
+        if size(name, paths) < DICTIONARY_GAIN * size(name, []):
+            chosen += paths
     return chosen
 
 
-def write_shard(data_set: str, path: str, day: str, table: pa.Table, schema: Schema, build: Build) -> ShardFile:
-    """Writes request rows as one shard (zstd) and describes it for the manifest. ``path`` is relative to the data
-    set. The same rows give the same bytes. Locally the file appears complete or not at all."""
+def order_for_shards(requests: pa.Table, schema: Schema, times: Seconds) -> Ints:
+    """(rows,) the order by user, time and request key."""
+    keys = [sort_codes(requests.column(name)) for name in schema.keys.request]
+    return np.lexsort([*reversed(keys), times, sort_codes(requests.column(schema.keys.user))])
+
+
+def history_tokens(requests: pa.Table, schema: Schema) -> Ints:
+    """(rows,) int64: history events of each request, all sequences together."""
+    tokens = np.zeros(requests.num_rows, np.int64)
+    for feature in schema.sequences:
+        tokens += list_parts(as_array(requests.column(feature.source_columns[0])))[0]
+    return tokens
+
+
+def write_shards(
+    requests: pa.Table, schema: Schema, options: WriteOptions, data_set: str, version: int, part: int
+) -> Iterator[tuple[ShardFile, dict[str, int]]]:
+    """Writes request rows as one file per UTC day, ``data/v000001/day=2023-02-27/part-00007.parquet``.
+
+    Yields (what the manifest says of the file, compressed bytes per column), day by day.
+    """
+    if requests.num_rows == 0:
+        return
     filesystem, base = open_filesystem(data_set)
-    target = f"{base}/{path}"
-    local = isinstance(filesystem, pafs.LocalFileSystem)
-    temporary = f"{os.path.dirname(target)}/.{os.path.basename(target)}.tmp" if local else target
-    filesystem.create_dir(os.path.dirname(target), recursive=True)
-    rows = build.row_group_requests
-    with (
-        filesystem.open_output_stream(temporary) as stream,
-        pq.ParquetWriter(
-            stream,
-            table.schema,
-            compression="zstd",
-            compression_level=build.compression_level,
-            use_dictionary=dictionary_columns(table) or False,
-        ) as writer,
-    ):
-        for start in range(0, table.num_rows, rows):
-            writer.write_table(table.slice(start, rows), row_group_size=rows)
-    if local:
-        os.replace(temporary, target)
-    impressions = np.asarray(as_array(table.column(NUM_IMPRESSIONS))).astype(np.int64)
-    tokens = _tokens(table, schema)
-    seconds = epoch_seconds(table.column(schema.keys.time))
-    starts = range(0, table.num_rows, rows)
-    units = [
-        Unit(
-            requests=min(rows, table.num_rows - start),
-            impressions=int(impressions[start : start + rows].sum()),
-            tokens=int(tokens[start : start + rows].sum()),
+    times = epoch_seconds(requests.column(schema.keys.time), schema.keys.time)
+    order = order_for_shards(requests, schema, times)
+    days = utc_days(times)[order]
+    in_order = requests.take(pa.array(order)).combine_chunks()
+    dictionary = dictionary_columns(in_order, options)
+    by_day = np.argsort(days, kind="stable")
+    for day in np.unique(days):
+        left, right = np.searchsorted(days[by_day], [day, day + 1])
+        rows = by_day[left:right]
+        shard = in_order.take(pa.array(rows)).combine_chunks()
+        name = f"{version_folder(version)}/day={day_name(int(day))}/part-{part:05d}.parquet"
+        footer, size = _write(filesystem, f"{base}/{name}", shard, options, dictionary)
+        day_times = times[order][rows]
+        tokens = history_tokens(shard, schema)
+        impressions = np.asarray(shard.column(NUM_IMPRESSIONS)).astype(np.int64)
+        units = [
+            Unit(
+                requests=len(tokens[at : at + options.row_group_requests]),
+                impressions=int(impressions[at : at + options.row_group_requests].sum()),
+                tokens=int(tokens[at : at + options.row_group_requests].sum()),
+            )
+            for at in range(0, shard.num_rows, options.row_group_requests)
+        ]
+        file = ShardFile(
+            path=name,
+            day=day_name(int(day)),
+            requests=shard.num_rows,
+            impressions=int(impressions.sum()),
+            tokens=int(tokens.sum()),
+            bytes=size,
+            time_min=float(day_times.min()),
+            time_max=float(day_times.max()),
+            units=units,
         )
-        for start in starts
-    ]
-    return ShardFile(
-        path=path,
-        day=day,
-        requests=table.num_rows,
-        impressions=int(impressions.sum()),
-        tokens=int(tokens.sum()),
-        bytes=filesystem.get_file_info(target).size,
-        time_min=float(seconds.min()),
-        time_max=float(seconds.max()),
-        units=units,
-    )
+        yield file, column_bytes(footer)
 
 
-def read_row_group(data_set: str, path: str, row_group: int, columns: list[str]) -> pa.Table:
-    """The named columns of one unit. Raises DataError that names the file where it is missing or damaged."""
+def _write(
+    filesystem: pafs.FileSystem, path: str, shard: pa.Table, options: WriteOptions, dictionary: list[str]
+) -> tuple[pq.FileMetaData, int]:
+    """(footer, bytes) of the finished file. Locally a complete temporary file is renamed into place; an object
+    store shows an object only when its upload is complete."""
+    local = isinstance(filesystem, pafs.LocalFileSystem)
+    if local:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+    target = f"{os.path.dirname(path)}/.{os.path.basename(path)}.{os.getpid()}.tmp" if local else path
+    with filesystem.open_output_stream(target) as stream:
+        with options.writer(stream, shard.schema, dictionary) as writer:
+            for at in range(0, shard.num_rows, options.row_group_requests):
+                rows = shard.slice(at, options.row_group_requests)
+                writer.write_table(rows, row_group_size=options.row_group_requests)
+        size = stream.tell()
+    with filesystem.open_input_file(target) as source:
+        footer = pq.read_metadata(source)
+    if local:
+        with open(target, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(target, path)
+    return footer, size
+
+
+def read_row_group(data_set: str, path: str, row_group: int, columns: list[str] | None = None) -> pa.Table:
+    """The request rows of a unit; ``path`` as in the manifest. Raises DataError naming the file where it is
+    missing, truncated or damaged."""
     filesystem, base = open_filesystem(data_set)
+    name = f"{data_set.rstrip('/')}/{path}"
+    advice = "published files never change: restore it, or build the data set again"
     try:
         with pq.ParquetFile(filesystem.open_input_file(f"{base}/{path}")) as file:
             return file.read_row_group(row_group, columns=columns, use_threads=False)
     except FileNotFoundError:
-        raise DataError(
-            f"{base}/{path} is missing, and the manifest names it; the data set is damaged: build it again"
-        ) from None
+        raise DataError(f"shard {name} is missing; {advice}") from None
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{base}/{path} is damaged ({str(error).splitlines()[0]}); build the data set again") from None
+        raise DataError(f"shard {name} is truncated or damaged ({error}); {advice}") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -13,6 +13,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from roo_ray.errors import DataError
+from roo_ray.sources.columns import is_list
 from roo_ray.storage import open_filesystem
 
 RowKind = Literal["impressions", "requests"]
@@ -56,8 +57,13 @@ class Source(Protocol):
         """Compressed bytes on disk per column, where the source is impression-level; else None."""
         ...
 
-    def verify(self, counts: Mapping[str, int]) -> None:
-        """Looks at the counts of the whole build before it is published. Raises DataError."""
+    @property
+    def codec(self) -> str:
+        """The compression of the source's files, such as ``snappy``."""
+        ...
+
+    def counts(self) -> dict[str, int]:
+        """What opening the source has counted, by name; it goes into the manifest."""
         ...
 
 
@@ -73,14 +79,14 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
     """The type without storage variants: dictionaries, large and fixed-size lists, large strings and views
     become plain ones. Two files whose plain types are equal hold the same kind of values."""
     types = pa.types
+    if is_list(kind):
+        return pa.list_(plain_type(kind.value_type))
     if types.is_dictionary(kind):
         return plain_type(kind.value_type)
     if types.is_large_string(kind) or types.is_string_view(kind):
         return pa.string()
     if types.is_large_binary(kind) or types.is_binary_view(kind):
         return pa.binary()
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        return pa.list_(plain_type(kind.value_type))
     return kind
 
 
@@ -202,6 +208,17 @@ def memory_estimate(metadata: Any, columns: set[str]) -> list[int]:
     return sizes
 
 
+def codecs(inputs: Sequence[ParquetInput]) -> str:
+    """The compression of the files' columns, such as ``snappy``."""
+    names = {
+        item.metadata.row_group(group).column(column).compression.lower()
+        for item in inputs
+        for group in range(item.metadata.num_row_groups)
+        for column in range(item.metadata.num_columns)
+    }
+    return " and ".join(sorted(names))
+
+
 def compressed_bytes(inputs: Sequence[ParquetInput], columns: Sequence[str]) -> dict[str, int]:
     """Compressed bytes on disk of each column over all files."""
     totals = dict.fromkeys(columns, 0)
@@ -219,21 +236,20 @@ def make_units(inputs: Sequence[ParquetInput], columns: set[str], kind: RowKind)
     """Units of about ``UNIT_BYTES``: neighbouring row groups of a file together, large ones alone."""
     units: list[ReadUnit] = []
     for item in inputs:
-        groups: list[int] = []
-        rows = size = 0
-
-        def close(item: ParquetInput, groups: list[int], rows: int, size: int, units: list[ReadUnit] = units) -> None:
+        together: list[list[int]] = []
+        sizes = memory_estimate(item.metadata, columns)
+        room = 0
+        for group, size in enumerate(sizes):
+            if not together or size > room:
+                together.append([])
+                room = UNIT_BYTES
+            together[-1].append(group)
+            room -= size
+        for groups in together:
+            rows = sum(item.metadata.row_group(group).num_rows for group in groups)
             if rows:
+                size = sum(sizes[group] for group in groups)
                 units.append(ReadUnit(len(units), item.root, item.path, tuple(groups), kind, rows, size))
-
-        for group, estimate in enumerate(memory_estimate(item.metadata, columns)):
-            if groups and size + estimate > UNIT_BYTES:
-                close(item, groups, rows, size)
-                groups, rows, size = [], 0, 0
-            groups.append(group)
-            rows += item.metadata.row_group(group).num_rows
-            size += estimate
-        close(item, groups, rows, size)
     return units
 
 

@@ -8,26 +8,29 @@ user's history lists are joined by ``user_id``. Every other request-level column
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.fs as pafs
 
 from roo_ray.errors import DataError
-from roo_ray.lists import as_array, is_list, list_parts, offsets_of
 from roo_ray.schema import Schema
 from roo_ray.sources.base import (
+    BATCH_BYTES,
     ParquetInput,
     ReadUnit,
+    codecs,
     common_schema,
     make_units,
-    open_parquet,
     read_footers,
     stream_unit,
     to_plain,
 )
+from roo_ray.sources.columns import as_array, is_list, list_parts, offsets_of
+from roo_ray.storage import open_filesystem
 
 USER = "user_id"
 INVIEW = "article_ids_inview"
@@ -38,93 +41,134 @@ CLICKED = "clicked"
 
 @dataclass(frozen=True)
 class Ebnerd:
-    """The publisher's two files, whose footers were read and fit the schema; see ``open_ebnerd``."""
+    """EB-NeRD whose footers and user ids were read and agree; see ``open_ebnerd``. ``behaviors_types`` and
+    ``history_types``: the columns taken from each file."""
 
-    folder: str
-    history_path: str
     row_schema: pa.Schema
-    behaviors_schema: pa.Schema
-    history_schema: pa.Schema
     all_units: list[ReadUnit]
+    behaviors_types: pa.Schema
+    history_types: pa.Schema
+    history_units: list[ReadUnit]
+    requests_without_history: int
+    codec: str
 
     def units(self) -> list[ReadUnit]:
-        """Row groups of the behaviors file."""
+        """Row groups of the request log; their ``bytes`` count the joined histories."""
         return self.all_units
 
-    def batches(self, unit: ReadUnit) -> Iterator[pa.Table]:
-        """Request rows. Raises DataError for a clicked article that is not in view, and for a user with two
-        history rows."""
-        histories = self._histories()
-        for batch in stream_unit(unit, self.behaviors_schema.names):
-            rows = to_plain(pa.Table.from_batches([batch]), self.behaviors_schema)
-            made = {ARTICLE: as_array(rows.column(INVIEW)), CLICKED: clicked_labels(rows, unit.path)}
-            made |= joined_histories(rows.column(USER), histories)
-            columns = [made.get(name, None) for name in self.row_schema.names]
-            yield pa.table(
-                [
-                    rows.column(field.name) if column is None else column
-                    for field, column in zip(self.row_schema, columns, strict=True)
-                ],
-                schema=self.row_schema,
-            )
-
-    def _histories(self) -> pa.Table:
-        with open_parquet(self.folder, self.history_path) as file:
-            histories = to_plain(file.read(self.history_schema.names), self.history_schema)
-        repeated = histories.num_rows - len(histories.column(USER).unique())
-        if repeated:
-            raise DataError(f"{self.history_path}: {repeated} rows repeat a {USER}; expected one row per user")
-        return histories
-
     def disk_bytes(self) -> None:
-        """The files are request-level: there are no impression-level bytes as logged."""
+        """None: the rows are requests already."""
+        return
 
-    def verify(self, counts: Mapping[str, int]) -> None:
-        """Raises DataError where no request at all has a history: the files' user ids do not match."""
-        if self.history_schema.names != [USER] and counts.get("empty_histories", 0) >= counts["requests"]:
-            raise DataError(
-                f"none of the {counts['requests']} requests has a history in {self.history_path}: the {USER} "
-                "values of the two files do not match; take both files from the same split"
-            )
+    def counts(self) -> dict[str, int]:
+        """``requests_without_history``, where the schema reads the history."""
+        if not self.history_units:
+            return {}
+        return {"requests_without_history": self.requests_without_history}
+
+    def batches(self, unit: ReadUnit) -> Iterator[pa.Table]:
+        """The unit's requests in tables of bounded size. Raises DataError that names the file, also for a
+        clicked article that is not in view."""
+        histories = self._histories(unit) if self.history_units else None
+        for batch in stream_unit(unit, self.behaviors_types.names, BATCH_BYTES):
+            table = to_plain(pa.Table.from_batches([batch]), self.behaviors_types)
+            made = {ARTICLE: as_array(table.column(INVIEW)), CLICKED: clicked_labels(table, unit.path)}
+            if histories is not None:
+                made |= joined_histories(table.column(USER), histories)
+            columns = {n: made[n] if n in made else table.column(n) for n in self.row_schema.names}
+            yield to_plain(pa.table(columns), self.row_schema)
+
+    def _histories(self, unit: ReadUnit) -> pa.Table:
+        """The rows of the history file for the unit's users."""
+        users = _column(unit, USER).unique()
+        found = [self.history_types.empty_table()]
+        for part in self.history_units:
+            for batch in stream_unit(part, self.history_types.names):
+                table = to_plain(pa.Table.from_batches([batch]), self.history_types)
+                found.append(table.filter(pc.is_in(table.column(USER).cast(users.type), value_set=users)))
+        return pa.concat_tables(found)
+
+
+def _column(unit: ReadUnit, name: str) -> pa.Array:
+    return pa.concat_arrays([batch.column(0) for batch in stream_unit(unit, [name])])
 
 
 def open_ebnerd(folder: str, schema: Schema) -> Ebnerd:
-    """Reads the footers of the two files in ``folder``. Raises DataError where one is missing or broken, or
-    lacks a column that the schema names."""
-    behaviors, history = (_footer(folder, name) for name in ("behaviors.parquet", "history.parquet"))
-    unknown = [column for column in schema.impression_columns if column not in (ARTICLE, CLICKED)]
+    """Reads the footers and user ids of the two files in ``folder`` (local or URI).
+
+    Raises DataError where a file is missing or broken, a column of the schema is in neither, a user has two
+    histories, or no request at all has one (the user ids of the two files do not match).
+    """
+    behaviors, history = _footer(folder, "behaviors.parquet"), _footer(folder, "history.parquet")
+    unknown = [c for c in schema.impression_columns if c not in (ARTICLE, CLICKED)]
     if unknown:
         raise DataError(
             f"schema '{schema.name}': impression-level column '{unknown[0]}' is not in EB-NeRD, whose "
             f"impressions have '{ARTICLE}' and '{CLICKED}'"
         )
-    of_user = [c for c in schema.request_columns if c not in behaviors.schema.names and c in history.schema.names]
-    of_request = [c for c in schema.request_columns if c not in of_user]
-    for name in of_user:
-        if not is_list(history.schema.field(name).type):
-            raise DataError(f"{history.path}: column '{name}' is not a list; history columns are lists")
-    read = list(dict.fromkeys([*of_request, USER, INVIEW, CLICKED_IDS]))
-    behaviors_schema = common_schema([behaviors], read)
-    history_schema = common_schema([history], [USER, *of_user])
-    inview = behaviors_schema.field(INVIEW).type
-    if not is_list(inview):
-        raise DataError(f"{behaviors.path}: column '{INVIEW}' has type {inview}; expected a list of ids")
-    kinds = {ARTICLE: inview, CLICKED: pa.list_(pa.int8())}
-    kinds |= {field.name: field.type for part in (history_schema, behaviors_schema) for field in part}
-    row_schema = pa.schema([(name, kinds[name]) for name in schema.columns])
-    units = make_units([behaviors], set(read), "requests")
+    in_history = set(history.schema.names) - set(behaviors.schema.names)
+    of_user = [c for c in schema.request_columns if c in in_history]
+    of_request = [c for c in schema.request_columns if c not in in_history]
+    behaviors_types = common_schema([behaviors], list(dict.fromkeys([*of_request, USER, INVIEW, CLICKED_IDS])))
+    history_types = common_schema([history], [USER, *of_user])
+    lists = [(behaviors, behaviors_types, INVIEW), (behaviors, behaviors_types, CLICKED_IDS)]
+    for item, types, name in lists + [(history, history_types, c) for c in of_user]:
+        if not is_list(types.field(name).type):
+            raise DataError(f"{item.path}: column '{name}' has type {types.field(name).type}; expected a list")
+    kinds = {field.name: field.type for types in (behaviors_types, history_types) for field in types}
+    kinds |= {ARTICLE: kinds[INVIEW], CLICKED: pa.list_(pa.int8())}
+
+    units = make_units([behaviors], set(behaviors_types.names), "requests")
     if not units:
         raise DataError(f"{behaviors.path}: the file has no rows")
-    return Ebnerd(folder, history.path, row_schema, behaviors_schema, history_schema, units)
+    history_units = make_units([history], set(history_types.names), "requests") if of_user else []
+    if of_user and not history_units:
+        raise DataError(f"{history.path}: the file has no rows, so every history would be empty")
+    each = sum(unit.bytes for unit in history_units) // max(sum(unit.rows for unit in history_units), 1)
+    return Ebnerd(
+        row_schema=pa.schema([pa.field(name, kinds[name]) for name in schema.columns]),
+        all_units=[replace(unit, bytes=unit.bytes + unit.rows * each) for unit in units],
+        behaviors_types=behaviors_types,
+        history_types=history_types,
+        history_units=history_units,
+        requests_without_history=_without_history(units, history_units) if of_user else 0,
+        codec=codecs([behaviors, history]),
+    )
 
 
 def _footer(folder: str, name: str) -> ParquetInput:
-    try:
-        return read_footers([f"{folder.rstrip('/')}/{name}"])[0]
-    except DataError as error:
+    path, mark, query = folder.partition("?")  # a URI's query names its endpoint
+    whole = f"{path.rstrip('/')}/{name}{mark}{query}"
+    filesystem, inner = open_filesystem(whole)
+    if filesystem.get_file_info(inner).type != pafs.FileType.File:
         raise DataError(
-            f"{error}; source.path must be the folder with EB-NeRD's behaviors.parquet and history.parquet"
+            f"{inner} not found; source.path must be the folder with EB-NeRD's behaviors.parquet and history.parquet"
+        )
+    return read_footers([whole])[0]
+
+
+def _without_history(behaviors: list[ReadUnit], history: list[ReadUnit]) -> int:
+    known = pa.concat_arrays([_column(unit, USER) for unit in history])
+    repeated = len(known) - len(known.unique())
+    if repeated:
+        raise DataError(
+            f"{history[0].path}: {repeated} rows repeat a {USER}; there must be one row of history per user"
+        )
+    users = pa.concat_arrays([_column(unit, USER) for unit in behaviors])
+    try:
+        present = pc.is_in(users, value_set=known.cast(users.type))
+    except pa.ArrowException as error:
+        raise DataError(
+            f"{USER} has type {known.type} in {history[0].path} and {users.type} in {behaviors[0].path}; "
+            f"they do not compare ({error})"
         ) from None
+    missing = len(users) - int(pc.sum(present).as_py())
+    if missing == len(users):
+        raise DataError(
+            f"none of the {len(users)} requests in {behaviors[0].path} has a history in {history[0].path}: the "
+            f"{USER} values of the two files do not match; take both files from the same split"
+        )
+    return missing
 
 
 def clicked_labels(behaviors: pa.Table, path: str) -> pa.Array:
@@ -133,9 +177,14 @@ def clicked_labels(behaviors: pa.Table, path: str) -> pa.Array:
     Raises DataError naming the file and request for a clicked article that is not in view: its click would be
     lost.
     """
-    lengths, shown = list_parts(as_array(behaviors.column(INVIEW)))
+    inview = as_array(behaviors.column(INVIEW))
+    lengths, shown = list_parts(inview)
     click_lengths, clicks = list_parts(as_array(behaviors.column(CLICKED_IDS)))
-    codes = pa.concat_arrays([shown, clicks.cast(shown.type)]).dictionary_encode(null_encoding="encode")
+    try:
+        clicks = clicks.cast(shown.type)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path}: '{CLICKED_IDS}' and '{INVIEW}' have unlike ids: {error}") from None
+    codes = pa.concat_arrays([shown, clicks]).dictionary_encode(null_encoding="encode")
     code = np.asarray(codes.indices).astype(np.int64)
     rows = np.concatenate(
         [np.repeat(np.arange(len(lengths)), lengths), np.repeat(np.arange(len(lengths)), click_lengths)]
@@ -147,8 +196,8 @@ def clicked_labels(behaviors: pa.Table, path: str) -> pa.Array:
         row = int(rows[len(shown) + lost[0]])
         raise DataError(
             f"{path}: {len(lost)} clicked articles are not in view and their clicks would be lost (first: "
-            f"article {clicks[int(lost[0])]}, user {behaviors.column(USER)[row]}); correct '{CLICKED_IDS}' or "
-            f"'{INVIEW}'"
+            f"article {clicks[int(lost[0])]} of user {behaviors.column(USER)[row]}'s request in row {row}); "
+            f"correct '{CLICKED_IDS}' or '{INVIEW}'"
         )
     clicked = np.isin(shown_pairs, click_pairs).astype(np.int8)
     return pa.ListArray.from_arrays(offsets_of(lengths), pa.array(clicked))

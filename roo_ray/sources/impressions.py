@@ -1,8 +1,8 @@
-"""Source kind ``impressions``: Parquet files with a row per impression, user features repeated on each row."""
+"""Source kind ``impressions``: Parquet, one row per impression, request-level columns repeated on every row."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -11,6 +11,7 @@ from roo_ray.errors import DataError
 from roo_ray.schema import Schema
 from roo_ray.sources.base import (
     ReadUnit,
+    codecs,
     common_schema,
     compressed_bytes,
     make_units,
@@ -27,6 +28,7 @@ class ImpressionLog:
     row_schema: pa.Schema
     all_units: list[ReadUnit]
     bytes_per_column: dict[str, int]
+    codec: str
 
     def units(self) -> list[ReadUnit]:
         """All units, in order of path."""
@@ -41,8 +43,9 @@ class ImpressionLog:
         """Compressed bytes of the schema's columns, as logged."""
         return self.bytes_per_column
 
-    def verify(self, counts: Mapping[str, int]) -> None:
-        """Nothing beyond the checks of every build."""
+    def counts(self) -> dict[str, int]:
+        """Nothing beyond what every build counts."""
+        return {}
 
 
 def open_impressions(paths: Sequence[str], schema: Schema) -> ImpressionLog:
@@ -56,4 +59,4 @@ def open_impressions(paths: Sequence[str], schema: Schema) -> ImpressionLog:
     units = make_units(inputs, set(schema.columns), "impressions")
     if not units:
         raise DataError(f"{', '.join(paths)}: {len(inputs)} Parquet files without a single row")
-    return ImpressionLog(row_schema, units, compressed_bytes(inputs, schema.columns))
+    return ImpressionLog(row_schema, units, compressed_bytes(inputs, schema.columns), codecs(inputs))

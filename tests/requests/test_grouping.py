@@ -1,93 +1,198 @@
-"""The grouping kernel against plain Python, its inverse, its independence of row order, and what it refuses."""
+"""Grouping against a brute-force reference; exploding is its inverse; conflicts are found and named."""
 
-from __future__ import annotations
+import datetime
+import random
 
-from typing import Any
-
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roo_ray.errors import DataError
-from roo_ray.requests.grouping import explode_requests, group_impressions
-from tests.requests.reference import group_by_loop, impression_rows, schema, to_table
+from roo_ray.requests import compare
+from roo_ray.requests.compare import differing_rows, digest_rows, sort_codes
+from roo_ray.requests.grouping import (
+    explode_in_slices,
+    explode_requests,
+    group_impressions,
+    group_with_conflicts,
+    request_row_schema,
+)
+from roo_ray.schema import parse_schema
+from tests.requests.tables import (
+    TYPES,
+    canonical,
+    group_by_hand,
+    impression_logs,
+    impression_row,
+    request_row,
+    small_schema,
+    table_of,
+)
 
-
-def by_key(table: pa.Table) -> dict[tuple[Any, ...], dict[str, Any]]:
-    return {tuple(row[name] for name in schema().keys.request): row for row in table.to_pylist()}
-
-
-def as_values(rows: dict[tuple[Any, ...], dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """Reference rows with the same Python types as Arrow gives back (timestamps)."""
-    return by_key(pa.Table.from_pylist(list(rows.values()), schema=group_impressions(EMPTY, schema())[0].schema))
-
-
-EMPTY = to_table([])
+SCHEMA = small_schema()
 
 
 @settings(max_examples=80, deadline=None)
-@given(rows=impression_rows())
-def test_equals_a_plain_loop(rows: list[dict[str, Any]]) -> None:
-    grouped, repaired = group_impressions(to_table(rows), schema())
-    assert repaired == {}
-    assert by_key(grouped) == as_values(group_by_loop(rows, schema()))
+@given(impression_logs())
+def test_grouping_equals_the_reference_and_explode_is_its_inverse(rows: list[dict[str, object]]) -> None:
+    table = table_of(rows)
+    requests = group_impressions(table, SCHEMA)
+    assert requests.schema == request_row_schema(TYPES, SCHEMA)
+    expected = pa.Table.from_pylist(group_by_hand(rows, SCHEMA), requests.schema)
+    assert [repr(row) for row in requests.to_pylist()] == [repr(row) for row in expected.to_pylist()]
+    exploded = explode_requests(requests, SCHEMA)
+    assert exploded.schema == table.select(SCHEMA.columns).schema
+    assert canonical(exploded) == canonical(table.select(SCHEMA.columns))
+    for impressions, values in ((1, 100), (7, 1), (99, 99)):
+        parts = list(explode_in_slices(requests, SCHEMA, impressions, values))
+        assert all(part.num_rows for part in parts)
+        assert canonical(pa.concat_tables([exploded.slice(0, 0), *parts])) == canonical(exploded)
 
 
-@settings(max_examples=50, deadline=None)
-@given(rows=impression_rows(), data=st.data())
-def test_row_order_does_not_matter(rows: list[dict[str, Any]], data: st.DataObject) -> None:
-    shuffled = data.draw(st.permutations(rows))
-    assert group_impressions(to_table(rows), schema())[0].equals(group_impressions(to_table(shuffled), schema())[0])
+@settings(max_examples=40, deadline=None)
+@given(impression_logs(), st.randoms(use_true_random=False))
+def test_the_order_of_the_input_does_not_matter(rows: list[dict[str, object]], rng: random.Random) -> None:
+    """Not even where position and impression key are tied, or the schema has neither."""
+    loose = small_schema(lambda text: text.replace(", impression: item, position: position", ""))
+    shuffled = rng.sample(rows, len(rows))
+    for schema in (SCHEMA, loose):
+        tables = [
+            group_impressions(table_of(r).select(TYPES.names), schema) for r in (rows + rows[:3], rows[:3] + shuffled)
+        ]
+        assert tables[0].equals(tables[1]) or str(tables[0].to_pylist()) == str(tables[1].to_pylist())
 
 
-@settings(max_examples=50, deadline=None)
-@given(rows=impression_rows())
-def test_explode_gives_the_log_back(rows: list[dict[str, Any]]) -> None:
-    table = to_table(rows).select(schema().columns)
-    back = explode_requests(group_impressions(table, schema())[0], schema())
-    assert back.schema.equals(table.schema)
-    assert sorted(map(repr, back.to_pylist())) == sorted(map(repr, table.to_pylist()))
+def test_chunked_input_of_many_requests() -> None:
+    """3,000 requests, unsorted, in chunks that cut requests apart."""
+    rng = np.random.default_rng(0)
+    count = rng.integers(1, 6, 3000)  # impressions of request 0, 1, ...
+    rid = np.repeat(np.arange(3000), count)
+    item = np.concatenate([np.arange(n) for n in count])
+    order = rng.permutation(len(rid))
+    table = pa.table({"rid": rid, "user": rid % 7, "time": rid, "item": item, "click": item % 2}).take(order)
+    schema = parse_schema(
+        "{name: s, keys: {request: rid, user: user, time: time, impression: item}, "
+        "tables: {t: {rows: 9, dim: 1}}, "
+        "features: [{name: f, level: impression, kind: ids, columns: item, table: t}], "
+        "labels: [{name: c, column: click}]}"
+    )
+    chunked = pa.concat_tables([table.slice(i, 997) for i in range(0, len(table), 997)])
+    requests = group_impressions(chunked, schema)
+    assert requests.column("rid").to_pylist() == list(range(3000))
+    assert requests.column("num_impressions").to_pylist() == count.tolist()
+    assert requests.column("item").to_pylist() == [list(range(n)) for n in count]
 
 
-def test_no_position_and_no_impression_key_is_still_deterministic() -> None:
-    plain = schema().model_copy(update={"keys": schema().keys.model_copy(update={"position": None, "impression": []})})
-    rows = [base_row(item=i % 3, clicked=i % 2) for i in range(6)]
-    one, other = (group_impressions(to_table(r), plain)[0] for r in (rows, rows[::-1]))
-    assert one.equals(other)
-
-
-def base_row(**values: Any) -> dict[str, Any]:
-    row = {"session": "a", "number": 1, "user": 1, "time": 1_700_000_000_000_000, "age": 3.0, "note": "n"}
-    row |= {"history_item": [1, 2], "dwell": [0.5, 1.0], "history_time": [1, 2], "item": 1, "position": 0}
-    return row | {"price": 1.0, "clicked": 0, "tags": None} | values
+def conflicting(**changes: object) -> pa.Table:
+    """Two requests; in the second, the impression at position 1 has other request-level values."""
+    rows = [impression_row(request_row(number), i) for number in (6, 7) for i in range(3)]
+    rows[4] |= changes
+    return table_of(rows)
 
 
 @pytest.mark.parametrize(
-    ("column", "value"),
-    [("age", 4.0), ("age", None), ("note", "other"), ("user", 2), ("history_item", [1, 3]), ("history_item", [1])],
+    ("changes", "values"),
+    [
+        ({"age": 3.0}, "27.0 and 3.0"),
+        ({"age": None}, "27.0 and None"),
+        ({"note": "other"}, "note 7 and other"),
+        ({"time": datetime.datetime(2023, 1, 1)}, "2023-02-28 23:00:00 and 2023-01-01 00:00:00"),
+        ({"tags": ["b"]}, r"\['a'\] and \['b'\]"),
+        ({"tags": None}, r"\['a'\] and None"),
+        ({"h_item": [0, 1, 3]}, r"\[0, 1, 2\] and \[0, 1, 3\]"),
+        ({"h_item": [0, 1]}, r"\[0, 1, 2\] and \[0, 1\]"),
+        ({"h_dwell": [0.5, None, 0.5]}, r"\[0.5, 0.5, 0.5\] and \[0.5, None, 0.5\]"),
+    ],
 )
-def test_varying_request_column_is_refused_or_repaired(column: str, value: Any) -> None:
-    rows = [base_row(), base_row(item=2, position=1, **{column: value})]
-    with pytest.raises(DataError, match=rf"column '{column}' is request-level and varies within 1 requests") as error:
-        group_impressions(to_table(rows), schema())
-    assert "session=a, number=1" in str(error.value)
-    for policy, expected in (("first", rows[0][column]), ("last", value)):
-        grouped, counts = group_impressions(to_table(rows[::-1]), schema(), policy)  # type: ignore[arg-type]
-        assert grouped.column(column).to_pylist() == [expected]
-        assert counts == {f"request_conflicts.{column}": 1}
+def test_varying_request_columns_fail_or_are_settled(changes: dict[str, object], values: str) -> None:
+    table = conflicting(**changes)
+    (column,) = changes
+    message = rf"column '{column}' varies within 1 requests \(first: rid=r7, shard=1: {values}\).*on_request_conflict"
+    with pytest.raises(DataError, match=message):
+        group_impressions(table, SCHEMA)
+    for choice in ("first", "last"):
+        requests, conflicts = group_with_conflicts(table, SCHEMA, choice)
+        assert conflicts == {column: 1}
+        assert requests.column(column)[1].as_py() == request_row(7)[column]  # position 1 is neither
+    first = conflicting(position=-1, **changes)
+    assert group_impressions(first, SCHEMA, "first").column(column)[1].as_py() == changes[column]
+    last = conflicting(position=9, **changes)
+    assert group_impressions(last, SCHEMA, "last").column(column)[1].as_py() == changes[column]
 
 
-def test_duplicate_impressions_are_refused() -> None:
-    rows = [base_row(), base_row(item=2, position=1), base_row(position=2), base_row(session="b")]
-    with pytest.raises(DataError, match=r"1 duplicate impressions: request session=a, number=1 has item=1"):
-        group_impressions(to_table(rows), schema())
+def test_equal_nans_do_not_conflict() -> None:
+    rows = [impression_row(request_row(1, age=float("nan"), h_dwell=[float("nan")]), i) for i in range(3)]
+    assert group_with_conflicts(table_of(rows), SCHEMA)[1] == {}
 
 
-def test_one_huge_request_and_many_small_ones() -> None:
-    rows = [base_row(item=i % 50, position=i) for i in range(5_000)]
-    rows += [base_row(session="b", number=i) for i in range(50)]
-    keys = schema().keys.model_copy(update={"impression": []})
-    grouped, _ = group_impressions(to_table(rows), schema().model_copy(update={"keys": keys}))
-    assert sorted(grouped.column("num_impressions").to_pylist())[-2:] == [1, 5_000]
-    assert grouped.num_rows == 51
+def test_two_users_in_a_request_are_always_an_error() -> None:
+    with pytest.raises(
+        DataError, match=r"'user' varies within 1 requests \(first: rid=r7.*add columns to keys.request"
+    ):
+        group_impressions(conflicting(user=99), SCHEMA, "first")
+
+
+def test_null_request_keys_are_an_error() -> None:
+    with pytest.raises(DataError, match="column 'rid' of the request key is null in 1 rows"):
+        group_impressions(conflicting(rid=None), SCHEMA)
+
+
+def arrays(values: st.SearchStrategy[object], kind: pa.DataType) -> st.SearchStrategy[pa.Array]:
+    """Arrays of a type, with nulls."""
+    return st.lists(st.one_of(st.none(), values), max_size=8).map(lambda v: pa.array(v, kind))
+
+
+INTS = st.integers(0, 2)
+SCALARS = st.one_of(
+    arrays(st.integers(-3, 3), pa.int64()),
+    arrays(st.integers(0, 2**64 - 1), pa.uint64()),
+    st.lists(st.integers(2**63 - 2, 2**63 + 1), max_size=8).map(lambda v: pa.array(v, pa.uint64())),
+    arrays(st.sampled_from([0.0, -0.0, 1.5, float("nan")]), pa.float64()),
+    arrays(st.text(max_size=2), pa.string()),
+    arrays(st.booleans(), pa.bool_()),
+    arrays(st.dates(), pa.date32()),
+    arrays(st.decimals(-2, 2, places=1), pa.decimal128(5, 1)),
+    arrays(st.none(), pa.null()),
+)
+NESTED = st.one_of(
+    arrays(st.lists(st.one_of(st.none(), st.lists(INTS, max_size=2)), max_size=3), pa.list_(pa.list_(pa.int8()))),
+    arrays(
+        st.fixed_dictionaries({"a": INTS, "b": st.one_of(st.none(), st.text(max_size=1))}),
+        pa.struct([("a", pa.int64()), ("b", pa.string())]),
+    ),
+)
+
+
+def same(a: object, b: object) -> bool:
+    return a == b or (a != a and b != b)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.one_of(SCALARS, NESTED), st.data())
+def test_comparisons_against_python(array: pa.Array, data: st.DataObject) -> None:
+    array = array.slice(data.draw(st.integers(0, len(array))))
+    values = array.to_pylist()
+    pairs = [(i, j) for i in range(len(values)) for j in range(len(values))]
+    left, right = np.array(pairs, np.int64).reshape(-1, 2).T
+    expected = [not same(values[i], values[j]) for i, j in pairs]
+    assert differing_rows(array, left, right).tolist() == expected
+    digests = digest_rows(array)
+    assert (digests[left] != digests[right]).tolist() == expected
+    if not (pa.types.is_nested(array.type)):
+        codes = sort_codes(array)
+        assert (codes[left] != codes[right]).tolist() == expected
+        known = [v for v in values if v is not None and v == v]
+        by_code = sorted(range(len(values)), key=lambda i: codes[i])
+        assert [values[i] for i in by_code][: len(known)] == sorted(known)
+
+
+def test_long_lists_are_compared_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "TOKENS_AT_ONCE", 7)
+    lists = [[1] * n for n in range(12)] + [[1] * 4 + [2] * (n - 4) for n in range(5, 12)]
+    array = pa.array(lists)
+    left, right = np.array([(i, j) for i in range(19) for j in range(19)]).T
+    assert differing_rows(array, left, right).tolist() == [
+        lists[i] != lists[j] for i, j in zip(left, right, strict=True)
+    ]

@@ -1,4 +1,4 @@
-"""Arrow's list columns as lengths and values, the form that vectorised code works on."""
+"""Small helpers for Arrow columns: lists to lengths and values, and back."""
 
 from __future__ import annotations
 
@@ -39,14 +39,3 @@ def offsets_of(lengths: npt.NDArray[np.int64]) -> pa.Array:
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return pa.array(offsets).cast(pa.int32())
-
-
-def starts_of(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """(N,) the position of each list's first value."""
-    return np.cumsum(lengths) - lengths
-
-
-def value_positions(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """(sum(lengths),) positions start, start + 1, ... of each list, one list after the other."""
-    within = np.arange(int(lengths.sum()), dtype=np.int64) - np.repeat(starts_of(lengths), lengths)
-    return np.repeat(starts, lengths) + within

@@ -1,0 +1,114 @@
+"""Shards: one UTC day a file, ordered, the manifest's figures, the same bytes twice, and clear read errors."""
+
+import datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from roo_ray.errors import DataError
+from roo_ray.requests.grouping import explode_requests, group_impressions
+from roo_ray.requests.manifest import ShardFile
+from roo_ray.requests.shards import WriteOptions, column_bytes, dictionary_columns, read_row_group, write_shards
+from tests.requests.tables import (
+    canonical,
+    impression_logs,
+    impression_row,
+    request_row,
+    small_schema,
+    table_of,
+)
+
+SCHEMA = small_schema()
+OPTIONS = WriteOptions(row_group_requests=4, compression_level=3)
+
+
+def requests_of(count: int) -> pa.Table:
+    rows = [impression_row(request_row(n), item) for n in range(count) for item in range(1 + n % 4)]
+    return group_impressions(table_of(rows), SCHEMA)
+
+
+def write(table: pa.Table, folder: Path, version: int = 1, part: int = 7) -> list[ShardFile]:
+    return [file for file, _ in write_shards(table, SCHEMA, OPTIONS, str(folder), version, part)]
+
+
+def test_files_units_and_order(tmp_path: Path) -> None:
+    requests = requests_of(40)
+    files = write(requests, tmp_path)
+    assert [file.path for file in files] == [f"data/v000001/day={file.day}/part-00007.parquet" for file in files]
+    on_disk = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert on_disk == [file.path for file in files]  # and no temporary file is left
+    read = []
+    for file in files:
+        metadata = pq.read_metadata(tmp_path / file.path)
+        assert metadata.num_row_groups == len(file.units)
+        assert file.bytes == (tmp_path / file.path).stat().st_size
+        rows = []
+        for number, unit in enumerate(file.units):
+            table = read_row_group(str(tmp_path), file.path, number)
+            assert table.schema == requests.schema
+            part = table.to_pylist()
+            assert unit.requests == len(part) <= OPTIONS.row_group_requests
+            assert unit.impressions == sum(row["num_impressions"] for row in part)
+            assert unit.tokens == sum(len(row["h_item"]) for row in part)
+            rows += part
+        keys = [(row["user"], row["time"], row["rid"]) for row in rows]
+        assert keys == sorted(keys)
+        times = [row["time"].replace(tzinfo=datetime.timezone.utc) for row in rows]
+        assert {str(time.date()) for time in times} == {file.day}
+        assert (file.time_min, file.time_max) == (min(times).timestamp(), max(times).timestamp())
+        totals = (file.requests, file.impressions, file.tokens)
+        assert totals == tuple(np.sum([[u.requests, u.impressions, u.tokens] for u in file.units], axis=0))
+        read.append(pq.ParquetFile(tmp_path / file.path).read())
+    assert len(files) == 9  # 40 requests, 5 hours apart
+    assert canonical(pa.concat_tables(read)) == canonical(requests)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=impression_logs())
+def test_nothing_is_lost_on_disk(tmp_path: Path, rows: list[dict[str, object]]) -> None:
+    table = table_of(rows).select(SCHEMA.columns)
+    files = write(group_impressions(table, SCHEMA), tmp_path)
+    units = [(file.path, unit) for file in files for unit in range(len(file.units))]
+    parts = [explode_requests(read_row_group(str(tmp_path), *unit), SCHEMA) for unit in units]
+    assert canonical(pa.concat_tables([table.slice(0, 0), *parts])) == canonical(table)
+
+
+def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
+    requests = requests_of(30)
+    shuffled = requests.take(np.random.default_rng(0).permutation(requests.num_rows))
+    first, second = write(requests, tmp_path), write(shuffled, tmp_path, version=2)
+    assert len(first) == len(second) > 0
+    for one, other in zip(first, second, strict=True):
+        assert (tmp_path / one.path).read_bytes() == (tmp_path / other.path).read_bytes()
+
+
+def test_dictionaries_where_they_help() -> None:
+    rng = np.random.default_rng(0)
+    few = rng.choice([10**15 + i * 7919**3 for i in range(50)], 1000)
+    table = pa.table({"few": few, "many": rng.integers(0, 2**62, 1000)})
+    offsets, values = pa.array(np.arange(0, 10_001, 10), pa.int32()), pa.array(rng.choice(few, 10_000))
+    table = table.append_column("few_lists", pa.ListArray.from_arrays(offsets, values))
+    assert dictionary_columns(table, WriteOptions(1024, 3)) == ["few", "few_lists.list.element"]
+    sizes = []
+    for columns in (["few", "few_lists.list.element"], []):
+        stream = pa.BufferOutputStream()
+        with WriteOptions(1024, 3).writer(stream, table.schema, columns) as writer:
+            writer.write_table(table)
+        sizes.append(column_bytes(pq.read_metadata(pa.BufferReader(stream.getvalue()))))
+    assert sizes[0]["few_lists"] < 0.7 * sizes[1]["few_lists"]
+    assert sizes[0]["many"] == sizes[1]["many"]
+
+
+def test_broken_shards_are_named(tmp_path: Path) -> None:
+    path = write(requests_of(5), tmp_path)[0].path
+    content = (tmp_path / path).read_bytes()
+    (tmp_path / path).write_bytes(content[:-20])
+    with pytest.raises(DataError, match=rf"shard .*{path} is truncated or damaged .*build the data set again"):
+        read_row_group(str(tmp_path), path, 0)
+    (tmp_path / path).unlink()
+    with pytest.raises(DataError, match=rf"shard .*{path} is missing"):
+        read_row_group(str(tmp_path), path, 0)
