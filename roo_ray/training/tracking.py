@@ -7,6 +7,7 @@ copy of the working directory, and ``make mlflow`` find the same runs.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
@@ -23,6 +24,7 @@ from roo_ray.config import Tracking, home
 from roo_ray.errors import ClusterError, ConfigError
 
 RUN_KEY_TAG = "roo_ray.run"
+logging.getLogger("mlflow").setLevel(logging.WARNING)  # its notes on creating tables
 MAX_PARAM_LENGTH = 6000
 
 

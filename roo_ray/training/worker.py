@@ -237,8 +237,9 @@ def train_worker(loop_config: dict[str, WorkerJob]) -> None:
     if found is not None:
         worker.restore(found)
         worker.say(f"resumed after epoch {worker.epochs_done}, step {worker.steps_done}")
-    if worker.rank == 0:
-        worker.logger.json(describe_plan(worker.model.plan), "sharding_plan.json")
+    plan = describe_plan(worker.model.plan)
+    worker.say(f"{worker.world} workers ready; tables: " + ", ".join(f"{r['table']} {r['sharding']}" for r in plan))
+    worker.logger.json(plan, "sharding_plan.json")
     stream = worker.stream("train") if worker.epochs_done < job.config.training.epochs else None
     while stream is not None and worker.epochs_done < job.config.training.epochs:
         epoch_metrics = worker.train_epoch(stream, worker.epochs_done)

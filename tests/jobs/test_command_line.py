@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,14 +89,16 @@ def test_ray_job_submit(ray_head: str, tmp_path: Path) -> None:
     entrypoint = [sys.executable, "jobs/train.py", "--config", "configs/demo.yaml", *overrides]
     submit = [str(BIN / "ray"), "job", "submit", "--address", ray_head, "--working-dir", ".", "--"]
     env = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    for _ in range(60):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", int(ray_head.rsplit(":", 1)[1]))) == 0:
-                break
-        subprocess.run(["sleep", "1"], check=True)
-    done = subprocess.run(
-        [*submit, *entrypoint], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, check=False
-    )
+    deadline = time.monotonic() + 150
+    while True:
+        done = subprocess.run(
+            [*submit, *entrypoint], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, check=False
+        )
+        # a head that has just started has no dashboard, then no agent yet: nothing was submitted
+        not_ready = "Failed to connect to Ray" in done.stderr or "No available agent" in done.stderr
+        if not not_ready or time.monotonic() > deadline:
+            break
+        time.sleep(1)
     assert done.returncode == EXIT_OK, done.stdout[-4000:] + done.stderr[-4000:]
     assert "Trained 'submitted'" in done.stdout
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
