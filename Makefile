@@ -25,8 +25,9 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 mlflow: $(STAMP)
+	mkdir -p "$${ROO_RAY_HOME:-$$HOME/.roo_ray}"
 	$(BIN)/mlflow ui --host 127.0.0.1 --port $(or $(PORT),5000) \
-	  --backend-store-uri "$$($(BIN)/python -c 'from roo_ray.training.tracking import default_uri; print(default_uri())')"
+	  --backend-store-uri "sqlite:///$${ROO_RAY_HOME:-$$HOME/.roo_ray}/mlflow.db"
 
 clean:
 	rm -rf $(VENV)

@@ -5,6 +5,7 @@ python jobs/demo.py --config configs/demo.yaml [key=value ...]; ``make demo`` ru
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -15,10 +16,11 @@ from roo_ray.terminal import human_bytes, job_parser, print_table, read_config, 
 
 
 def start_afresh(*paths: str) -> None:
-    """Removes what an earlier demo left; only below roo_ray's home."""
+    """Removes what an earlier demo left; only within ``demo`` in roo_ray's home."""
     for path in paths:
-        if "://" in path or home() not in Path(path).parents:
-            raise ConfigError(f"the demo clears its paths first and only touches {home()}, not {path}")
+        if "://" in path or home() / "demo" not in Path(os.path.normpath(path)).parents:
+            raise ConfigError(f"the demo clears its paths first and only touches {home() / 'demo'}, not {path}")
+    for path in paths:
         shutil.rmtree(path, ignore_errors=True)
 
 

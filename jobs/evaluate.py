@@ -31,7 +31,7 @@ def main() -> None:
         f"Evaluated {checkpoint}",
         ["", "held-out"],
         [
-            *quality_rows(config.request_schema, result.metrics),
+            *quality_rows(result.metrics),
             ["impressions", f"{result.metrics['eval/impressions']:,.0f}"],
             ["requests", f"{result.metrics['eval/requests']:,.0f}"],
             ["impressions/s", f"{result.metrics['eval/impressions_per_second']:,.0f}"],

@@ -28,12 +28,14 @@ def main() -> None:
         if not manifest_versions(config.requests) and config.source is not None:
             say(f"no request data set at {config.requests} yet: building it")
             prepare(config, run_name, say)
+        elif config.source is not None:
+            say(f"the request data set at {config.requests} is there; jobs/build_requests.py builds it anew")
         result = train(config, run_name, say)
     print_table(
         f"Trained '{run_name}'",
         ["", "held-out"],
         [
-            *quality_rows(config.request_schema, result.metrics),
+            *quality_rows(result.metrics),
             ["training impressions/s", f"{result.metrics['epoch/impressions_per_second']:,.0f}"],
             ["training requests/s", f"{result.metrics['epoch/requests_per_second']:,.0f}"],
             ["share of time waiting for data", f"{result.metrics['epoch/data_wait_share']:.1%}"],

@@ -10,6 +10,8 @@ command -v "$python" >/dev/null || { echo "error: $python not found; set PYTHON=
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip="$venv/bin/python -m pip --disable-pip-version-check"
 
+$pip install --quiet --upgrade pip  # older ones download all wheels in a dry run
+
 if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
   echo "roo_ray: NVIDIA GPU found, installing the CUDA builds"
   $pip install --quiet -e ".[gpu,dev]"

@@ -28,7 +28,7 @@ def resolve_path(path: str) -> str:
     """An absolute path or URI; relative paths are taken from ``home()``."""
     if "://" in path:
         return path
-    return str(home() / Path(path).expanduser())
+    return os.path.normpath(home() / Path(path).expanduser())
 
 
 DataPath = Annotated[str, BeforeValidator(lambda value: resolve_path(value) if isinstance(value, str) else value)]
@@ -143,7 +143,7 @@ class Training(Strict):
     """``workers``: TorchTrainer workers. ``gpu``: one GPU a worker and NCCL, otherwise CPU and gloo.
     ``epochs``, learning rates (row-wise Adagrad for embeddings, Adam for the rest). ``row_wise_from``: tables
     of at least so many rows are sharded row-wise, smaller ones table-wise. ``log_every``: steps.
-    ``evaluate_every``: epochs. ``max_failures``: restarts of the worker group from the last checkpoint.
+    ``max_failures``: restarts of the worker group from the last checkpoint.
     ``form``: ``request`` is ROO; ``impression`` trains the same batches exploded, the baseline."""
 
     workers: int = Field(default=2, gt=0)

@@ -7,6 +7,7 @@ Import this module before ``ray``; ``connect`` starts or joins Ray.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,7 +68,7 @@ def connect(settings: RaySettings, training: Training | None = None) -> Iterator
         except ConnectionError as error:
             raise ClusterError(f"no Ray cluster at '{address}' ({error}); start one or unset RAY_ADDRESS") from None
     else:
-        wanted = int(workers * settings.cpus_per_worker + max(settings.data_cpus, 2))
+        wanted = math.ceil(workers * settings.cpus_per_worker + max(settings.data_cpus, 2))
         ray.init(
             num_cpus=settings.local_cpus or max(os.cpu_count() or 1, wanted),
             include_dashboard=False,
@@ -102,6 +103,11 @@ def require_resources(workers: int, cpus_per_worker: float, data_cpus: float, gp
             f"training.gpu is on and the cluster has {total.get('GPU', 0):g} GPUs for {workers} workers; "
             "lower training.workers, add GPU nodes, or set training.gpu=false"
         )
+
+
+def alive_nodes() -> int:
+    """Nodes of the cluster that are alive."""
+    return sum(bool(node["Alive"]) for node in ray.nodes())
 
 
 def quiet_data_context() -> None:

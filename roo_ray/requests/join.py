@@ -66,9 +66,10 @@ def build_requests(config: Config, progress: Say) -> Manifest:
             staging=_join(config.requests, STAGING, uuid.uuid4().hex[:12]),
             data_set=config.requests,
             version=version,
+            token="" if _is_local(config.requests) else uuid.uuid4().hex[:8],
         )
         filesystem, staging = open_filesystem(plan.staging)
-        data = f"{open_filesystem(config.requests)[1]}/{version_folder(version)}"
+        data = f"{open_filesystem(config.requests)[1]}/{version_folder(version, plan.token)}"
         published = False
         try:
             filesystem.create_dir(staging, recursive=True)
@@ -230,18 +231,22 @@ def _data_versions(filesystem: pafs.FileSystem, base: str) -> list[int]:
     return [int(name[1:]) for name in names if name[:1] == "v" and name[1:].isdigit()]
 
 
+def _is_local(data_set: str) -> bool:
+    return isinstance(open_filesystem(data_set)[0], pafs.LocalFileSystem)
+
+
 @contextmanager
 def _only_writer(data_set: str) -> Iterator[int]:
     """The number of the version to build, as its only writer.
 
     Locally a lock on the data set's folder, which the system drops with the process, keeps a second build out;
-    what a killed build left is removed. On an object store, where there is no lock, a number is taken that no
-    other build has begun, and the manifest's publication decides.
+    what a killed build left is removed. On an object store, where there is no lock, each build
+    writes to a folder of its own, and the manifest's publication decides.
     """
     filesystem, base = open_filesystem(data_set)
     newest = max(manifest_versions(data_set), default=0)
     if not isinstance(filesystem, pafs.LocalFileSystem):
-        yield 1 + max([newest, *_data_versions(filesystem, base)])
+        yield newest + 1
         return
     os.makedirs(base, exist_ok=True)
     folder = os.open(base, os.O_RDONLY)

@@ -50,9 +50,10 @@ class WriteOptions:
         )
 
 
-def version_folder(version: int) -> str:
-    """``data/v000001``: where the files of a version lie in its data set."""
-    return f"{DATA}/v{version:06d}"
+def version_folder(version: int, token: str = "") -> str:
+    """``data/v000001``: where the files of a version lie in its data set; with the ``token`` of a build where no
+    lock keeps a second one out (``data/v000001-1f3a...``)."""
+    return f"{DATA}/v{version:06d}-{token}" if token else f"{DATA}/v{version:06d}"
 
 
 def column_bytes(metadata: pq.FileMetaData) -> dict[str, int]:
@@ -109,7 +110,7 @@ def history_tokens(requests: pa.Table, schema: Schema) -> Ints:
 
 
 def write_shards(
-    requests: pa.Table, schema: Schema, options: WriteOptions, data_set: str, version: int, part: int
+    requests: pa.Table, schema: Schema, options: WriteOptions, data_set: str, version: int, part: int, token: str = ""
 ) -> Iterator[tuple[ShardFile, dict[str, int]]]:
     """Writes request rows as one file per UTC day, ``data/v000001/day=2023-02-27/part-00007.parquet``.
 
@@ -128,7 +129,7 @@ def write_shards(
         left, right = np.searchsorted(days[by_day], [day, day + 1])
         rows = by_day[left:right]
         shard = in_order.take(pa.array(rows)).combine_chunks()
-        name = f"{version_folder(version)}/day={day_name(int(day))}/part-{part:05d}.parquet"
+        name = f"{version_folder(version, token)}/day={day_name(int(day))}/part-{part:05d}.parquet"
         footer, size = _write(filesystem, f"{base}/{name}", shard, options, dictionary)
         day_times = times[order][rows]
         tokens = history_tokens(shard, schema)

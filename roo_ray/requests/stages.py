@@ -44,6 +44,7 @@ class BuildPlan:
     staging: str
     data_set: str
     version: int
+    token: str = ""
 
     @property
     def options(self) -> WriteOptions:
@@ -150,7 +151,9 @@ def gather(plan: BuildPlan, bucket: int, units: int) -> Gathered:
     for name, kinds in sizes.items():
         kinds["disk_bytes"] = {"impression": exploded.get(name, 0), "request": 0}
     files = []
-    for file, column_bytes in write_shards(requests, plan.schema, plan.options, plan.data_set, plan.version, bucket):
+    for file, column_bytes in write_shards(
+        requests, plan.schema, plan.options, plan.data_set, plan.version, bucket, plan.token
+    ):
         files.append(file)
         for name, size in column_bytes.items():
             sizes[name]["disk_bytes"]["request"] += size

@@ -14,6 +14,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import ray.train
 import torch.distributed.checkpoint as dcp
 from pydantic import Field
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from roo_ray.config import Model
 from roo_ray.errors import DataError
 from roo_ray.schema import Schema, Strict, parse_schema
+from roo_ray.storage import open_filesystem
 from roo_ray.training.sharding import ShardedModel
 
 STATE_FILE = "state.json"
@@ -160,6 +162,12 @@ def load(folder: str | Path, model: ShardedModel) -> RunState:
     model.module.load_state_dict(tensors["model"])
     model.optimizer.load_state_dict({"state": tensors["optimizer"]})
     return state
+
+
+def open_checkpoint(path: str) -> ray.train.Checkpoint:
+    """A checkpoint at a local path or URI (Ray takes URIs as paths where a file system is not given)."""
+    filesystem, inner = open_filesystem(path)
+    return ray.train.Checkpoint(inner, filesystem=filesystem)
 
 
 def finite(metrics: dict[str, float]) -> dict[str, float | None]:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+import pyarrow.fs as pafs
 import ray
 import ray.train
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from roo_ray import session
 from roo_ray.config import Config
 from roo_ray.errors import ConfigError, RooError
 from roo_ray.ingest.plan import plan_inputs
 from roo_ray.requests.manifest import Manifest, load_manifest
 from roo_ray.schema import Schema
 from roo_ray.storage import open_filesystem
-from roo_ray.training.checkpoint import read_state
+from roo_ray.training.checkpoint import finite, open_checkpoint, read_state
 from roo_ray.training.job import WorkerJob
 from roo_ray.training.prepare import data_metrics
 from roo_ray.training.progress import Say, progress_board
@@ -29,6 +31,7 @@ from roo_ray.training.tracking import RunHandle, RunLogger, open_run
 from roo_ray.training.worker import train_worker
 
 RESULT_FILE = "roo_ray_result.json"
+PLAN_FILE = "roo_ray_plan.json"
 CHECKPOINT_ARTIFACT_LIMIT = 2_000_000_000  # bytes; a larger checkpoint is named in the run, not copied into it
 
 
@@ -81,15 +84,7 @@ def make_job(config: Config, manifest: Manifest, mode: Any, run: RunHandle, boar
         requests_per_step=config.ingest.lanes * config.ingest.batch_impressions / impressions_per_request,
         run=run,
         board=board,
-        plan=plan_inputs(
-            manifest,
-            config.request_schema,
-            config.ingest,
-            config.holdout,
-            "train",
-            config.training.seed,
-            "shuffled",
-        ),
+        plan=order_of_data(config, manifest),
     )
 
 
@@ -148,41 +143,78 @@ def train(config: Config, run_name: str, say: Say) -> TrainingResult:
     begin = time.perf_counter()
     manifest = load_manifest(config.requests)
     check_schema_fits(config.request_schema, manifest, config.requests)
-    run = open_run(config.tracking, "train", run_name, len(ray.nodes()))
+    plan = order_of_data(config, manifest)
+    refuse_another_order(config, run_name, plan)
+    run = open_run(config.tracking, "train", run_name, session.alive_nodes(), reopen=True)
     logger = RunLogger(run)
-    logger.params(config.model_dump(mode="json", exclude={"request_schema"}))
-    logger.tags({"data_set": config.requests, "data_version": manifest.version, "data_digest": manifest.digest()})
-    logger.text(config.request_schema.to_yaml(), "schema.yaml")
-    logger.json(manifest.ledger, "ledger.json")
-    logger.metrics({f"data/{name}": value for name, value in data_metrics(manifest).items()})
     say(
-        f"training '{run_name}': {manifest.requests:,} requests, {manifest.impressions:,} impressions, "
-        f"{config.training.workers} workers, {config.ingest.lanes} lanes"
+        f"training '{run_name}' on version {manifest.version} of {config.requests}: {manifest.requests:,} requests, "
+        f"{manifest.impressions:,} impressions, {config.training.workers} workers, {config.ingest.lanes} lanes"
     )
     succeeded = False
     try:
+        logger.params(config.model_dump(mode="json", exclude={"request_schema"}))
+        data = {"data_set": config.requests, "data_version": manifest.version, "data_digest": manifest.digest()}
+        logger.tags(data)
+        logger.text(config.request_schema.to_yaml(), "schema.yaml")
+        logger.json(manifest.ledger, "ledger.json")
+        logger.metrics({f"data/{name}": value for name, value in data_metrics(manifest).items()})
+        save_json(config, run_name, PLAN_FILE, plan)
         with progress_board(say) as board, readable_failures():
             result = make_trainer(make_job(config, manifest, "train", run, board), run_name).fit()
         if result.checkpoint is None or result.metrics is None:
             raise ConfigError(f"run '{run_name}' trained nothing: it has no checkpoint and no epochs left")
-        save_result(config, run_name, result.checkpoint.path, result.metrics, run)
-        with result.checkpoint.as_directory() as folder:
-            size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
-            if size <= CHECKPOINT_ARTIFACT_LIMIT:
+        # Ray takes the scheme off the path
+        path = f"{config.storage.rstrip('/')}/{run_name}/{os.path.basename(result.checkpoint.path)}"
+        save_json(
+            config,
+            run_name,
+            RESULT_FILE,
+            {"checkpoint": path, "metrics": finite(result.metrics), "mlflow_run_id": run.run_id},
+        )
+        if folder_size(path) <= CHECKPOINT_ARTIFACT_LIMIT:
+            with result.checkpoint.as_directory() as folder:
                 logger.folder(folder, "checkpoint")
-        logger.tags({"checkpoint": result.checkpoint.path})
+        logger.tags({"checkpoint": path})
         succeeded = True
     finally:
         logger.end(succeeded)
-    seconds = time.perf_counter() - begin
-    return TrainingResult(run_name, result.checkpoint.path, result.metrics, run, seconds)
+    return TrainingResult(run_name, path, result.metrics, run, time.perf_counter() - begin)
 
 
-def save_result(config: Config, run_name: str, checkpoint: str, metrics: dict[str, float], run: RunHandle) -> None:
-    """Writes what a run ended with beside its checkpoints, for ``find_checkpoint``."""
+def order_of_data(config: Config, manifest: Manifest) -> dict[str, Any]:
+    """All that decides in which order a run's data comes."""
+    schema, seed = config.request_schema, config.training.seed
+    return plan_inputs(manifest, schema, config.ingest, config.holdout, "train", seed, "shuffled")
+
+
+def refuse_another_order(config: Config, run_name: str, plan: dict[str, Any]) -> None:
+    """Raises ConfigError where a run of this name exists whose data came in another order: it cannot go on."""
     filesystem, base = open_filesystem(config.storage)
-    content = {"checkpoint": checkpoint, "metrics": metrics, "mlflow_run_id": run.run_id}
-    with filesystem.open_output_stream(f"{base}/{run_name}/{RESULT_FILE}") as stream:
+    path = f"{base}/{run_name}/{PLAN_FILE}"
+    if not filesystem.get_file_info(path).is_file:
+        return
+    with filesystem.open_input_stream(path) as stream:
+        before = json.loads(stream.read())
+    changed = [f"{name} was {before.get(name)} and is {plan[name]}" for name in plan if before.get(name) != plan[name]]
+    if changed:
+        raise ConfigError(
+            f"run '{run_name}' exists and cannot go on, because its data would come in another order: "
+            f"{'; '.join(changed)}; restore this, or choose another run_name"
+        )
+
+
+def folder_size(path: str) -> int:
+    """Bytes of the files in a folder, local or on an object store."""
+    filesystem, inner = open_filesystem(path)
+    return sum(item.size or 0 for item in filesystem.get_file_info(pafs.FileSelector(inner, recursive=True)))
+
+
+def save_json(config: Config, run_name: str, name: str, content: dict[str, Any]) -> None:
+    """Writes a file beside a run's checkpoints."""
+    filesystem, base = open_filesystem(config.storage)
+    filesystem.create_dir(f"{base}/{run_name}", recursive=True)
+    with filesystem.open_output_stream(f"{base}/{run_name}/{name}") as stream:
         stream.write(json.dumps(content, indent=1).encode())
 
 
@@ -208,17 +240,17 @@ def evaluate(config: Config, checkpoint: str, run_name: str, say: Say) -> Traini
     """Scores a checkpoint on the held-out side of the data set, with the model and schema in the checkpoint."""
     begin = time.perf_counter()
     manifest = load_manifest(config.requests)
-    with ray.train.Checkpoint(checkpoint).as_directory() as folder:
+    with open_checkpoint(checkpoint).as_directory() as folder:
         state = read_state(folder)
     config = config.model_copy(update={"model": state.model, "request_schema": state.request_schema()})
     check_schema_fits(config.request_schema, manifest, config.requests)
-    run = open_run(config.tracking, "evaluate", run_name, len(ray.nodes()))
+    run = open_run(config.tracking, "evaluate", run_name, session.alive_nodes())
     logger = RunLogger(run)
-    logger.params(config.model_dump(mode="json", exclude={"request_schema"}))
-    logger.tags({"checkpoint": checkpoint, "data_set": config.requests, "data_version": manifest.version})
     say(f"evaluating {checkpoint}")
     succeeded = False
     try:
+        logger.params(config.model_dump(mode="json", exclude={"request_schema"}))
+        logger.tags({"checkpoint": checkpoint, "data_set": config.requests, "data_version": manifest.version})
         with progress_board(say) as board, readable_failures():
             job = make_job(config, manifest, "evaluate", run, board)
             make_trainer(replace(job, checkpoint=checkpoint), run_name).fit()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 
-import ray
-
+from roo_ray import session
 from roo_ray.config import Config, SyntheticSource
 from roo_ray.errors import ConfigError
 from roo_ray.requests.join import build_requests
@@ -25,12 +24,12 @@ def prepare(config: Config, run_name: str, say: Say) -> tuple[Manifest, RunHandl
     if config.source is None:
         raise ConfigError("the config has no 'source' section: there is nothing to build requests from")
     begin = time.perf_counter()
-    run = open_run(config.tracking, "build", run_name, len(ray.nodes()))
+    run = open_run(config.tracking, "build", run_name, session.alive_nodes())
     logger = RunLogger(run)
-    logger.params(config.model_dump(mode="json", include={"name", "source", "requests", "build"}))
-    logger.text(config.request_schema.to_yaml(), "schema.yaml")
     succeeded = False
     try:
+        logger.params(config.model_dump(mode="json", include={"name", "source", "requests", "build"}))
+        logger.text(config.request_schema.to_yaml(), "schema.yaml")
         if isinstance(config.source, SyntheticSource):
             summary = generate(config.source, say)
             logger.json(summary.model_dump(mode="json"), "synthetic.json")

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from roo_ray.schema import Schema
-
 
 def _number(value: float | None) -> str:
     return "n/a" if value is None or value != value else f"{value:.4f}"
 
 
-def quality_rows(schema: Schema, metrics: Mapping[str, float]) -> list[list[str]]:
+def quality_rows(metrics: Mapping[str, float]) -> list[list[str]]:
     """Per task: NE, AUC, GAUC, calibration on held-out data, and the Bayes optimum where it is known."""
     rows = []
-    for label in schema.labels:
+    tasks = [name.split("/")[1] for name in metrics if name.startswith("eval/") and name.endswith("/ne")]
+    for task in tasks:
         for name, title in (
             ("ne", "NE"),
             ("auc", "AUC"),
@@ -23,7 +22,7 @@ def quality_rows(schema: Schema, metrics: Mapping[str, float]) -> list[list[str]
             ("bayes_ne", "NE of the Bayes optimum"),
             ("bayes_auc", "AUC of the Bayes optimum"),
         ):
-            value = metrics.get(f"eval/{label.name}/{name}")
+            value = metrics.get(f"eval/{task}/{name}")
             if value is not None and (value == value or not name.startswith("bayes")):
-                rows.append([f"{label.name}: {title}", _number(value)])
+                rows.append([f"{task}: {title}", _number(value)])
     return rows

@@ -55,8 +55,8 @@ class RunHandle:
     experiment_id: str = ""
 
 
-def open_run(settings: Tracking, job: str, run_name: str, nodes: int) -> RunHandle:
-    """Makes the run of a job, or reopens it where a run of this job and name exists (a resumed job).
+def open_run(settings: Tracking, job: str, run_name: str, nodes: int, *, reopen: bool = False) -> RunHandle:
+    """Makes the run of a job; with ``reopen``, goes on with the run of this job and name where there is one.
 
     Raises ConfigError where the store cannot be reached.
     """
@@ -74,7 +74,8 @@ def open_run(settings: Tracking, job: str, run_name: str, nodes: int) -> RunHand
             experiment_id = client.create_experiment(settings.experiment, artifact_location=artifacts)
         else:
             experiment_id = experiment.experiment_id
-        found = client.search_runs([experiment_id], f"tags.`{RUN_KEY_TAG}` = '{key}'", max_results=1)
+        named = f"tags.`{RUN_KEY_TAG}` = '{key}'"
+        found = client.search_runs([experiment_id], named, max_results=1) if reopen else []
         if found:
             run_id = found[0].info.run_id
             client.update_run(run_id, status="RUNNING")

@@ -8,6 +8,7 @@ without data takes part with a weightless dummy request.
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -29,6 +30,8 @@ from roo_ray.training.job import WorkerJob
 from roo_ray.training.sharding import ShardedModel, describe_plan, shard
 from roo_ray.training.throughput import Throughput
 from roo_ray.training.tracking import RunHandle, RunLogger
+
+SECONDS_BETWEEN_LINES = 5.0
 
 
 def build_model(config: Config, job: WorkerJob, device: torch.device) -> ShardedModel:
@@ -111,6 +114,7 @@ class Worker:
         metrics = RankingMetrics([label.name for label in self.schema.labels])
         oracle = RankingMetrics([label.name for label in self.schema.labels])
         throughput = Throughput()
+        last_line = time.perf_counter()
         self.model.module.eval()
         with torch.no_grad():
             for step, _ in self.steps(stream, 0):
@@ -119,13 +123,22 @@ class Worker:
                 metrics.update(logits, batch.labels, batch.weights, batch.num_impressions)
                 oracle.update_probabilities(batch.oracle, batch.labels, batch.weights, batch.num_impressions)
                 throughput.add(step.requests, step.impressions, step.wait_seconds)
+                if time.perf_counter() - last_line > SECONDS_BETWEEN_LINES:
+                    last_line = time.perf_counter()
+                    self.say(f"evaluating: rank 0 has scored {throughput.requests:,} requests")
         self.model.module.train()
         values = {f"eval/{name}": value for name, value in metrics.merge().compute().items()}
         for name, value in oracle.merge().compute().items():
             task, metric = name.split("/")
             if metric in ("ne", "auc"):
                 values[f"eval/{task}/bayes_{metric}"] = value
-        return values | throughput.over_ranks(self.device, "eval")
+        values |= throughput.over_ranks(self.device, "eval")
+        task = self.schema.labels[0].name
+        self.say(
+            f"held out: {values['eval/requests']:,.0f} requests  {task} NE {values[f'eval/{task}/ne']:.4f}  "
+            f"AUC {values[f'eval/{task}/auc']:.4f}  GAUC {values[f'eval/{task}/gauc']:.4f}"
+        )
+        return values
 
     # ---- training ------------------------------------------------------------------------------------
 
@@ -229,7 +242,7 @@ def train_worker(loop_config: dict[str, WorkerJob]) -> None:
     found = ray.train.get_checkpoint()
     if job.mode == "evaluate":
         assert job.checkpoint is not None
-        worker.restore(ray.train.Checkpoint(job.checkpoint))
+        worker.restore(checkpoint.open_checkpoint(job.checkpoint))
         metrics = worker.evaluate(worker.stream("evaluation"))
         if worker.rank == 0:
             ray.get(job.board.keep.remote(metrics))

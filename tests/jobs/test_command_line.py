@@ -56,6 +56,20 @@ def test_missing_data_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "requests" / "_manifests").exists()
 
 
+@pytest.mark.parametrize("path", ["../important", "runs", "/tmp", "s3://bucket/x"])
+def test_the_demo_clears_nothing_but_its_own_folder(path: str, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    for kept in (tmp_path / "important", home / "runs"):
+        kept.mkdir(parents=True)
+        (kept / "file").write_text("x")
+    env = {"ROO_RAY_HOME": str(home)}
+    done = run_job("jobs/demo.py", "--config", "configs/demo.yaml", f"requests={path}", env=env)
+    assert done.returncode == EXIT_BAD_INPUT
+    assert "only touches" in done.stderr
+    assert (tmp_path / "important/file").exists()
+    assert (home / "runs/file").exists()
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -8,7 +8,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from roo_ray.config import Config, load_config
-from roo_ray.errors import DataError
+from roo_ray.errors import ConfigError, DataError
 from roo_ray.requests.manifest import Manifest, load_manifest
 from roo_ray.training.launch import TrainingResult, evaluate, find_checkpoint, train
 from roo_ray.training.prepare import prepare
@@ -100,6 +100,14 @@ def test_resume_continues_the_curve(two_workers: tuple[Config, TrainingResult], 
     expected = curve(config, reference)
     assert 0 < len(half_curve) < len(expected)
     assert curve(config, whole) == pytest.approx(expected, rel=2e-4)
+
+
+def test_another_order_is_refused_with_the_difference(two_workers: tuple[Config, TrainingResult], folder: Path) -> None:
+    """A run whose data would come in another order does not go on, and what it has logged stays as it is."""
+    config, result = two_workers
+    with pytest.raises(ConfigError, match=r"run 'two-workers' exists .* seed was 0 and is 5; restore this"):
+        train(small_config(folder, "training.seed=5"), "two-workers", quiet)
+    assert MlflowClient(config.tracking.uri).get_run(result.run.run_id).info.status == "FINISHED"
 
 
 def test_evaluation_of_a_checkpoint_gives_the_same_figures(

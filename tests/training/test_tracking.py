@@ -26,9 +26,10 @@ def test_run_is_written_and_reopened_by_name(store: Tracking, tmp_path: Path) ->
     logger.metrics({"train/loss": 0.4}, step=2)
     logger.end(False)
 
-    again = open_run(store, "train", "a", nodes=1)
+    again = open_run(store, "train", "a", nodes=1, reopen=True)
     assert again == first
-    assert open_run(store, "evaluate", "a", nodes=1).run_id != first.run_id
+    assert open_run(store, "evaluate", "a", nodes=1, reopen=True).run_id != first.run_id
+    assert open_run(store, "train", "a", nodes=1).run_id != first.run_id
     resumed = RunLogger(again)
     resumed.params({"name": "y"})
     for step in (1, 2, 3):  # 1 and 2 are replayed after a restart
