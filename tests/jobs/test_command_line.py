@@ -86,7 +86,8 @@ def ray_head() -> Iterator[str]:
         *(str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1"),
         *(f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"),
         *("--include-dashboard=true", f"--temp-dir={folder}", "--object-store-memory=300000000"),
-        "--disable-usage-stats",
+        # the default port of the agent may be taken by another Ray on the machine
+        *(f"--dashboard-agent-listen-port={free_port()}", "--disable-usage-stats"),
     ]
     log = (folder / "head.log").open("w")
     head = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
