@@ -7,6 +7,7 @@ alone, not on the number of CPUs. ``_synthetic.json`` is written last: without i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -100,7 +101,8 @@ class _Folder:
             return bytes(stream.read()).decode()
 
     def delete(self, name: str) -> None:
-        self.filesystem.delete_file(f"{self.base}/{name}")
+        with contextlib.suppress(FileNotFoundError):  # a task of an interrupted generation may just have moved it
+            self.filesystem.delete_file(f"{self.base}/{name}")
 
 
 def _is_ours(name: str) -> bool:
