@@ -26,8 +26,6 @@ def main() -> None:
         "Built",
         ["", ""],
         [
-            ["requests", f"{manifest.requests:,}"],
-            ["impressions", f"{manifest.impressions:,}"],
             *[[name.replace("_", " "), f"{count:,}"] for name, count in sorted(manifest.counts.items())],
             ["data set", f"{config.requests} (version {manifest.version})"],
             ["MLflow", where_to_look(run)],
