@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -26,7 +26,8 @@ PARQUET_WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4,
 @dataclass(frozen=True)
 class ReadUnit:
     """Row groups of one Parquet file that one task reads. ``root``: the configured path that led to the file
-    (it names the file system); ``bytes``: estimated size in memory; ``kind``: what a row is."""
+    (it names the file system); ``bytes``: estimated size in memory; ``kind``: what a row is; ``log``: which of
+    the logs of a ``JoinedSource`` it belongs to."""
 
     index: int
     root: str
@@ -35,6 +36,7 @@ class ReadUnit:
     kind: RowKind
     rows: int
     bytes: int
+    log: str = ""
 
 
 class Source(Protocol):
@@ -64,6 +66,43 @@ class Source(Protocol):
 
     def counts(self) -> dict[str, int]:
         """What opening the source has counted, by name; it goes into the manifest."""
+        ...
+
+
+@dataclass(frozen=True)
+class Log:
+    """One of several logs that are joined. ``schema``: its rows; ``keys``: the columns by which rows of all logs
+    that belong together meet (equal in number and in meaning over the logs, never null)."""
+
+    schema: pa.Schema
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """What the rows of one bucket of all logs give: ``rows`` of the source's ``row_schema``, ``counts`` by name,
+    and rows kept ``aside`` by reason (an event without its impression, ...), as tables of any columns."""
+
+    rows: pa.Table
+    counts: dict[str, int]
+    aside: dict[str, pa.Table]
+
+
+@runtime_checkable
+class JoinedSource(Protocol):
+    """A source whose rows come from several logs, or from rows of a user that must be seen together. A build
+    deals the rows of each log to buckets by a hash of the log's keys, calls ``assemble`` with all rows of a
+    bucket, and goes on with the result as with the rows of a plain source. ``batches(unit)`` yields rows of
+    ``logs[unit.log].schema``. Otherwise as ``Source``."""
+
+    @property
+    def logs(self) -> dict[str, Log]:
+        """The logs by name."""
+        ...
+
+    def assemble(self, parts: dict[str, pa.Table]) -> Assembled:
+        """Joins the rows of one bucket: log -> all its rows that fell into the bucket (maybe none), in any order;
+        the result must not depend on that order. Raises DataError."""
         ...
 
 
