@@ -69,6 +69,16 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class KeyedSource(Protocol):
+    """A source that can read a few columns of a unit without the rest: a build counts its rows by their keys
+    first."""
+
+    def key_batches(self, unit: ReadUnit, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """``columns`` of the unit's rows, in tables of the same rows as those of ``batches``."""
+        ...
+
+
 @dataclass(frozen=True)
 class Log:
     """One of several logs that are joined. ``schema``: its rows; ``keys``: the columns by which rows of all logs
@@ -89,7 +99,7 @@ class Assembled:
 
 
 @runtime_checkable
-class JoinedSource(Protocol):
+class JoinedSource(Source, Protocol):
     """A source whose rows come from several logs, or from rows of a user that must be seen together. A build
     deals the rows of each log to buckets by a hash of the log's keys, calls ``assemble`` with all rows of a
     bucket, and goes on with the result as with the rows of a plain source. ``batches(unit)`` yields rows of
