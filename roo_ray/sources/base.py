@@ -89,7 +89,7 @@ class Assembled:
 
 
 @runtime_checkable
-class JoinedSource(Protocol):
+class JoinedSource(Source, Protocol):
     """A source whose rows come from several logs, or from rows of a user that must be seen together. A build
     deals the rows of each log to buckets by a hash of the log's keys, calls ``assemble`` with all rows of a
     bucket, and goes on with the result as with the rows of a plain source. ``batches(unit)`` yields rows of
