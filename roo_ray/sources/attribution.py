@@ -17,7 +17,7 @@ from roo_ray.config import Attribution
 from roo_ray.errors import DataError
 from roo_ray.sources.base import Assembled
 from roo_ray.sources.columns import as_array, offsets_of
-from roo_ray.sources.compare import Ints, Mask, sort_codes
+from roo_ray.sources.compare import Ints, Mask, digest_rows, sort_codes
 from roo_ray.sources.keys import (
     describe_row,
     first_of_each,
@@ -133,7 +133,14 @@ def _short(value: object) -> str:
 
 def _known_impressions(table: pa.Table, ids: Ints, request_of: Ints, accounts: _Accounts) -> tuple[pa.Table, Ints]:
     known = request_of[ids] >= 0
-    accounts.note("impressions_without_request", table, ~known)
+    if not known.all():  # these go out as they are: in an order of their own, whatever the order of the log
+        lost = np.flatnonzero(~known)
+        rows = take_rows(table, lost)
+        digests = [digest_rows(rows.column(name)).view(np.int64) for name in rows.column_names]
+        order = np.lexsort([*digests, ids[lost]])
+        accounts.note("impressions_without_request", take_rows(rows, order), np.ones(len(lost), np.bool_))
+    else:
+        accounts.counts["impressions_without_request"] = 0
     return take_rows(table, known), ids[known]
 
 
@@ -167,11 +174,10 @@ def _matched(
     accounts: _Accounts,
 ) -> _Events:
     """The events of a log whose impression is known and not later than they; the others are counted."""
-    columns = [as_array(column) for column in table.columns]
-    codes = [sort_codes(column) for column in columns]
-    (same,) = shared_ids([codes])
-    repeated = np.ones(table.num_rows, np.bool_)
-    repeated[first_of_each(same, np.argsort(same, kind="stable"))[0]] = False
+    (same,) = shared_ids([[sort_codes(column) for column in table.columns]])
+    order = np.argsort(same, kind="stable")
+    table, owners, impression = take_rows(table, order), owners[order], impression[order]
+    repeated = same[order] == np.append(-1, same[order])[:-1]
     counts = accounts.counts
     counts[f"events.{name}"] = table.num_rows
     counts[f"repeated_events.{name}"] = int(repeated.sum())
