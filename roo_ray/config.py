@@ -232,18 +232,28 @@ Source = Annotated[
 
 
 class Build(Strict):
-    """How request shards are written.
+    """How request shards are made and written.
 
-    ``buckets``: hash buckets of the request key, one grouping task each; default from the size of the input.
-    ``row_group_requests``: requests per row group, the unit of reading. ``on_request_conflict``: what to do
-    when a request-only column varies within a request: ``fail``, or keep the ``first`` / ``last`` value in
-    impression order (counted in the manifest either way).
+    ``buckets``: user shards of each day, one grouping task each; default from the day's size, so that files come
+    to about ``file_bytes`` (compressed). ``bucket_bytes``: rows in memory that are grouped at once; a build's
+    memory is a few times that, for each CPU. ``row_group_requests``, ``row_group_impressions``,
+    ``row_group_bytes`` (in memory): a row group, the unit of reading, ends at whichever comes first; a single
+    larger request has one of its own. ``order`` of the rows of a file: ``user_time`` (compresses best) or
+    ``time``. ``on_request_conflict``: what to do when a request-only column varies within a request: ``fail``,
+    or keep the ``first`` / ``last`` value in impression order (counted in the manifest either way).
+    ``keep_aside``: write the rows that join to no request under ``aside/`` (they are counted either way).
     """
 
     buckets: int | None = Field(default=None, gt=0)
+    bucket_bytes: int = Field(default=128_000_000, gt=0)
+    file_bytes: int = Field(default=64_000_000, gt=0)
     row_group_requests: int = Field(default=1024, gt=0)
+    row_group_impressions: int = Field(default=65_536, gt=0)
+    row_group_bytes: int = Field(default=64_000_000, gt=0)
+    order: Literal["user_time", "time"] = "user_time"
     compression_level: int = Field(default=3, ge=1, le=22)
     on_request_conflict: Literal["fail", "first", "last"] = "fail"
+    keep_aside: bool = True
 
 
 class Holdout(Strict):

@@ -19,3 +19,9 @@ def open_filesystem(path: str) -> tuple[pafs.FileSystem, str]:
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"cannot open {path}: {error}; use a local path, s3://..., or gs://...") from None
     return filesystem, inner
+
+
+def join_path(path: str, *parts: str) -> str:
+    """A path or URI below another one; a URI's query (its endpoint, its region) stays at the end."""
+    base, mark, query = path.partition("?") if "://" in path else (path, "", "")
+    return "/".join([base.rstrip("/"), *parts]) + mark + query

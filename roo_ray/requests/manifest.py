@@ -33,21 +33,33 @@ class Unit(Strict):
 
 class ShardFile(Strict):
     """A Parquet file of request rows. ``path`` is relative to the data set; times are seconds since the epoch
-    (UTC); ``day`` is the UTC day of all its requests, ``YYYY-MM-DD``."""
+    (UTC); ``day`` is the UTC day of all its requests, ``YYYY-MM-DD``; ``shard``: the user-hash shard of its day
+    that it belongs to; ``digest``: sha256 (hex) of the file's bytes."""
 
     path: str
     day: str
+    shard: int = 0
     requests: int
     impressions: int
     tokens: int
     bytes: int
+    digest: str = ""
     time_min: float
     time_max: float
     units: list[Unit]
 
 
+class AsideRows(Strict):
+    """Rows that a build kept aside for one reason, such as events without their impression: how many, and the
+    Parquet files that hold them (paths relative to the data set; none with ``build.keep_aside: false``)."""
+
+    rows: int
+    files: list[str] = Field(default_factory=list)
+
+
 class Manifest(Strict):
-    """A version of a data set. ``counts``: what was read, written and kept aside, by name. ``ledger``: bytes
+    """A version of a data set. ``aside``: rows that are in no request, by reason, and their files. ``counts``:
+    what was read, written and kept aside, by name. ``ledger``: bytes
     and elements per column, impression-level against request-level (see ``requests/ledger.py``)."""
 
     format: int = FORMAT
@@ -55,6 +67,7 @@ class Manifest(Strict):
     schema_yaml: str
     schema_digest: str
     files: list[ShardFile]
+    aside: dict[str, AsideRows] = Field(default_factory=dict)
     counts: dict[str, int] = Field(default_factory=dict)
     ledger: dict[str, Any] = Field(default_factory=dict)
 

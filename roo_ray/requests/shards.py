@@ -1,21 +1,26 @@
 """Request shards: Parquet files of request rows, one UTC day each, written once and never changed.
 
 A file appears under its name complete or not at all, and the same rows give the same bytes. Rows are ordered by
-user and time, which compresses best; each column is encoded with or without a dictionary, whichever is smaller
-on a sample.
+user and time, which compresses best, or by time; each column is encoded with or without a dictionary, whichever
+is smaller on a sample.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from roo_ray.config import Build
 from roo_ray.errors import DataError
 from roo_ray.requests.compare import Ints, sort_codes
 from roo_ray.requests.grouping import NUM_IMPRESSIONS
@@ -23,20 +28,27 @@ from roo_ray.requests.manifest import ShardFile, Unit
 from roo_ray.requests.times import Seconds, day_name, epoch_seconds, utc_days
 from roo_ray.schema import Schema
 from roo_ray.sources.base import leaf_columns
-from roo_ray.sources.columns import as_array, list_parts
-from roo_ray.storage import open_filesystem
+from roo_ray.sources.columns import as_array, is_list, list_parts
+from roo_ray.storage import join_path, open_filesystem
 
 DATA = "data"
 SAMPLE_ROWS = 1024
 DICTIONARY_GAIN = 0.98
+OFFSET_BYTES = 4
 
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """``row_group_requests``: requests per row group, the unit of reading; ``compression_level``: of zstd."""
+    """``row_group_requests``, ``row_group_impressions``, ``row_group_bytes`` (in memory): the most of a row group,
+    the unit of reading (a single larger request has its own); ``compression_level``: of zstd; ``file_bytes``:
+    about the size of a file; ``order`` of its rows."""
 
     row_group_requests: int
     compression_level: int
+    row_group_impressions: int = 65_536
+    row_group_bytes: int = 64_000_000
+    file_bytes: int = 64_000_000
+    order: Literal["user_time", "time"] = "user_time"
 
     def writer(self, stream: pa.NativeFile, schema: pa.Schema, dictionary: list[str]) -> pq.ParquetWriter:
         """A Parquet writer with these options; ``dictionary``: the columns that are dictionary-encoded."""
@@ -48,6 +60,18 @@ class WriteOptions:
             use_dictionary=dictionary or False,
             write_page_index=False,
         )
+
+
+def write_options(build: Build) -> WriteOptions:
+    """How a build's config wants shards written."""
+    return WriteOptions(
+        row_group_requests=build.row_group_requests,
+        compression_level=build.compression_level,
+        row_group_impressions=build.row_group_impressions,
+        row_group_bytes=build.row_group_bytes,
+        file_bytes=build.file_bytes,
+        order=build.order,
+    )
 
 
 def version_folder(version: int, token: str = "") -> str:
@@ -75,30 +99,32 @@ def _leaf_paths(schema: pa.Schema, name: str) -> list[str]:
     return [footer.schema.column(i).path for i in range(footer.num_columns)]
 
 
-def dictionary_columns(requests: pa.Table, options: WriteOptions) -> list[str]:
-    """The leaf columns for which dictionary encoding makes the first rows smaller; found by writing them both
-    ways."""
-    sample = requests.slice(0, min(SAMPLE_ROWS, options.row_group_requests)).combine_chunks()
-
-    def size(name: str, paths: list[str]) -> int:
-        stream = pa.BufferOutputStream()
-        one = sample.select([name])
-        with options.writer(stream, one.schema, paths) as writer:
-            writer.write_table(one)
-        return sum(column_bytes(pq.read_metadata(pa.BufferReader(stream.getvalue()))).values())
-
+def dictionary_columns(sample: pa.Table, options: WriteOptions) -> tuple[list[str], int]:
+    """(leaf columns that dictionary encoding makes smaller, compressed bytes with them): found by writing each
+    column of the sample both ways."""
     chosen: list[str] = []
-    for name in requests.column_names:
-        paths = _leaf_paths(requests.schema, name)
-        if size(name, paths) < DICTIONARY_GAIN * size(name, []):
-            chosen += paths
-    return chosen
+    total = 0
+    for name in sample.column_names:
+        one = sample.select([name])
+        paths = _leaf_paths(sample.schema, name)
+        sizes = []
+        for dictionary in ([], paths):
+            stream = pa.BufferOutputStream()
+            with options.writer(stream, one.schema, dictionary) as writer:
+                writer.write_table(one)
+            sizes.append(sum(column_bytes(pq.read_metadata(pa.BufferReader(stream.getvalue()))).values()))
+        chosen += paths if sizes[1] < DICTIONARY_GAIN * sizes[0] else []
+        total += min(sizes)
+    return chosen, total
 
 
-def order_for_shards(requests: pa.Table, schema: Schema, times: Seconds) -> Ints:
-    """(rows,) the order by user, time and request key."""
+def order_for_shards(
+    requests: pa.Table, schema: Schema, times: Seconds, order: Literal["user_time", "time"] = "user_time"
+) -> Ints:
+    """(rows,) the order by user, time and request key, or by time first."""
     keys = [sort_codes(requests.column(name)) for name in schema.keys.request]
-    return np.lexsort([*reversed(keys), times, sort_codes(requests.column(schema.keys.user))])
+    users = sort_codes(requests.column(schema.keys.user))
+    return np.lexsort([*reversed(keys), *((times, users) if order == "user_time" else (users, times))])
 
 
 def history_tokens(requests: pa.Table, schema: Schema) -> Ints:
@@ -109,82 +135,138 @@ def history_tokens(requests: pa.Table, schema: Schema) -> Ints:
     return tokens
 
 
-def write_shards(
-    requests: pa.Table, schema: Schema, options: WriteOptions, data_set: str, version: int, part: int, token: str = ""
-) -> Iterator[tuple[ShardFile, dict[str, int]]]:
-    """Writes request rows as one file per UTC day, ``data/v000001/day=2023-02-27/part-00007.parquet``.
+def row_bytes(array: pa.Array) -> Ints:
+    """(N,) int64: about the bytes that each value takes in memory, lists and text with 4-byte offsets."""
+    kind = array.type
+    if is_list(kind):
+        lengths, values = list_parts(array)
+        ends = np.cumsum(lengths)
+        sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(row_bytes(values))])
+        sizes: Ints = sums[ends] - sums[ends - lengths] + OFFSET_BYTES
+        return sizes
+    if pa.types.is_struct(kind):
+        return sum((row_bytes(field) for field in array.flatten()), np.zeros(len(array), np.int64))
+    if pa.types.is_string(kind) or pa.types.is_binary(kind):
+        return np.asarray(pc.fill_null(pc.binary_length(array), 0)).astype(np.int64) + OFFSET_BYTES
+    return np.full(len(array), 0 if pa.types.is_null(kind) else -(-kind.bit_width // 8), np.int64)
 
-    Yields (what the manifest says of the file, compressed bytes per column), day by day.
+
+def row_group_bounds(impressions: Ints, sizes: Ints, options: WriteOptions) -> Ints:
+    """(groups + 1,) where the row groups begin and the last one ends, of requests with so many impressions and
+    bytes in memory each."""
+    rows = len(sizes)
+    limits = [(np.cumsum(impressions), options.row_group_impressions), (np.cumsum(sizes), options.row_group_bytes)]
+    bounds = [0]
+    while (begin := bounds[-1]) < rows:
+        end = min(rows, begin + options.row_group_requests)
+        for sums, limit in limits:
+            done = sums[begin - 1] if begin else 0
+            end = min(end, int(np.searchsorted(sums, done + limit, side="right")))
+        bounds.append(max(begin + 1, end))
+    return np.array(bounds, np.int64)
+
+
+def write_shards(
+    requests: pa.Table,
+    schema: Schema,
+    options: WriteOptions,
+    data_set: str,
+    version: int,
+    shard: int,
+    token: str = "",
+) -> Iterator[tuple[ShardFile, dict[str, int]]]:
+    """Writes request rows as ``data/vVVVVVV/day=YYYY-MM-DD/shard-SSSSS-PPP.parquet``, for each UTC day one or
+    several files of about ``options.file_bytes``, and yields each file with its compressed bytes per column. The
+    order of the input rows does not matter.
+
+    Nothing is published by this: the manifest is. ``token``: see ``version_folder``.
     """
-    if requests.num_rows == 0:
-        return
     filesystem, base = open_filesystem(data_set)
     times = epoch_seconds(requests.column(schema.keys.time), schema.keys.time)
-    order = order_for_shards(requests, schema, times)
+    order = order_for_shards(requests, schema, times, options.order)
     days = utc_days(times)[order]
-    in_order = requests.take(pa.array(order)).combine_chunks()
-    dictionary = dictionary_columns(in_order, options)
-    by_day = np.argsort(days, kind="stable")
     for day in np.unique(days):
-        left, right = np.searchsorted(days[by_day], [day, day + 1])
-        rows = by_day[left:right]
-        shard = in_order.take(pa.array(rows)).combine_chunks()
-        name = f"{version_folder(version, token)}/day={day_name(int(day))}/part-{part:05d}.parquet"
-        footer, size = _write(filesystem, f"{base}/{name}", shard, options, dictionary)
-        day_times = times[order][rows]
-        tokens = history_tokens(shard, schema)
-        impressions = np.asarray(shard.column(NUM_IMPRESSIONS)).astype(np.int64)
-        units = [
-            Unit(
-                requests=len(tokens[at : at + options.row_group_requests]),
-                impressions=int(impressions[at : at + options.row_group_requests].sum()),
-                tokens=int(tokens[at : at + options.row_group_requests].sum()),
+        rows = order[days == day]
+        table = requests.take(pa.array(rows)).combine_chunks()
+        impressions = np.asarray(table.column(NUM_IMPRESSIONS)).astype(np.int64)
+        tokens = history_tokens(table, schema)
+        sizes = sum((row_bytes(as_array(column)) for column in table.columns), np.zeros(len(rows), np.int64))
+        bounds = row_group_bounds(impressions, sizes, options)
+        sample = min(int(bounds[1]), SAMPLE_ROWS)
+        dictionary, compressed = dictionary_columns(table.slice(0, sample).combine_chunks(), options)
+        expected = float(sizes.sum()) * compressed / max(int(sizes[:sample].sum()), 1)
+        for part, (first, last) in enumerate(_file_bounds(sizes, bounds, expected / options.file_bytes)):
+            groups = bounds[first : last + 1]
+            begin, end = int(groups[0]), int(groups[-1])
+            folder = f"{version_folder(version, token)}/day={day_name(int(day))}"
+            name = f"{folder}/shard-{shard:05d}-{part:03d}.parquet"
+            content = _encode(table, groups, options, dictionary)
+            write_whole(filesystem, f"{base}/{name}", content)
+            seconds = times[rows[begin:end]]
+            file = ShardFile(
+                path=name,
+                day=day_name(int(day)),
+                shard=shard,
+                requests=end - begin,
+                impressions=int(impressions[begin:end].sum()),
+                tokens=int(tokens[begin:end].sum()),
+                bytes=content.size,
+                digest=hashlib.sha256(content).hexdigest(),
+                time_min=float(seconds.min()),
+                time_max=float(seconds.max()),
+                units=[
+                    Unit(
+                        requests=int(right - left),
+                        impressions=int(impressions[left:right].sum()),
+                        tokens=int(tokens[left:right].sum()),
+                    )
+                    for left, right in pairwise(groups)
+                ],
             )
-            for at in range(0, shard.num_rows, options.row_group_requests)
-        ]
-        file = ShardFile(
-            path=name,
-            day=day_name(int(day)),
-            requests=shard.num_rows,
-            impressions=int(impressions.sum()),
-            tokens=int(tokens.sum()),
-            bytes=size,
-            time_min=float(day_times.min()),
-            time_max=float(day_times.max()),
-            units=units,
-        )
-        yield file, column_bytes(footer)
+            yield file, column_bytes(pq.read_metadata(pa.BufferReader(content)))
 
 
-def _write(
-    filesystem: pafs.FileSystem, path: str, shard: pa.Table, options: WriteOptions, dictionary: list[str]
-) -> tuple[pq.FileMetaData, int]:
-    """(footer, bytes) of the finished file. Locally a complete temporary file is renamed into place; an object
-    store shows an object only when its upload is complete."""
-    local = isinstance(filesystem, pafs.LocalFileSystem)
-    if local:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-    target = f"{os.path.dirname(path)}/.{os.path.basename(path)}.{os.getpid()}.tmp" if local else path
-    with filesystem.open_output_stream(target) as stream:
-        with options.writer(stream, shard.schema, dictionary) as writer:
-            for at in range(0, shard.num_rows, options.row_group_requests):
-                rows = shard.slice(at, options.row_group_requests)
-                writer.write_table(rows, row_group_size=options.row_group_requests)
-        size = stream.tell()
-    with filesystem.open_input_file(target) as source:
-        footer = pq.read_metadata(source)
-    if local:
-        with open(target, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(target, path)
-    return footer, size
+def _file_bounds(sizes: Ints, bounds: Ints, files: float) -> list[tuple[int, int]]:
+    """(first, last) positions in ``bounds`` of each file, for about so many files of about equal bytes."""
+    sums = np.cumsum(sizes)[bounds[1:] - 1]  # (groups,) bytes up to the end of each row group
+    count = max(1, min(len(sums), round(files)))
+    ends = np.searchsorted(sums, sums[-1] * np.arange(1, count) / count) + 1
+    cuts = np.unique(np.concatenate([[0], ends, [len(sums)]]))
+    return [(int(first), int(last)) for first, last in pairwise(cuts)]
+
+
+def _encode(table: pa.Table, groups: Ints, options: WriteOptions, dictionary: list[str]) -> pa.Buffer:
+    """The bytes of a Parquet file with these row groups of the table."""
+    stream = pa.BufferOutputStream()
+    with options.writer(stream, table.schema, dictionary) as writer:
+        for left, right in pairwise(groups):
+            rows = int(right - left)
+            writer.write_table(table.slice(int(left), rows), row_group_size=rows)
+    return stream.getvalue()
+
+
+def write_whole(filesystem: pafs.FileSystem, path: str, content: pa.Buffer | bytes) -> None:
+    """Writes a file that appears complete or not at all. Locally a finished temporary file is renamed into place;
+    an object store shows an object only when its upload is complete."""
+    if not isinstance(filesystem, pafs.LocalFileSystem):
+        with filesystem.open_output_stream(path) as stream:
+            stream.write(content)
+        return
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    temporary = f"{folder}/.{os.path.basename(path)}.{os.getpid()}.tmp"
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def read_row_group(data_set: str, path: str, row_group: int, columns: list[str] | None = None) -> pa.Table:
     """The request rows of a unit; ``path`` as in the manifest. Raises DataError naming the file where it is
     missing, truncated or damaged."""
     filesystem, base = open_filesystem(data_set)
-    name = f"{data_set.rstrip('/')}/{path}"
+    name = join_path(data_set, path)
     advice = "published files never change: restore it, or build the data set again"
     try:
         with pq.ParquetFile(filesystem.open_input_file(f"{base}/{path}")) as file:

@@ -24,7 +24,7 @@ from roo_ray.requests.grouping import NUM_IMPRESSIONS, group_with_conflicts, req
 from roo_ray.requests.hashing import hash_rows
 from roo_ray.requests.ledger import Sizes, exploded_disk_bytes, measure_requests
 from roo_ray.requests.manifest import ShardFile
-from roo_ray.requests.shards import WriteOptions, write_shards
+from roo_ray.requests.shards import WriteOptions, write_options, write_shards
 from roo_ray.schema import Schema
 from roo_ray.sources.base import ReadUnit, RowKind, Source
 from roo_ray.sources.columns import as_array, list_parts
@@ -49,7 +49,7 @@ class BuildPlan:
     @property
     def options(self) -> WriteOptions:
         """How shards are written."""
-        return WriteOptions(self.build.row_group_requests, self.build.compression_level)
+        return write_options(self.build)
 
 
 @dataclass(frozen=True)

@@ -31,14 +31,14 @@ def requests_of(count: int) -> pa.Table:
     return group_impressions(table_of(rows), SCHEMA)
 
 
-def write(table: pa.Table, folder: Path, version: int = 1, part: int = 7) -> list[ShardFile]:
-    return [file for file, _ in write_shards(table, SCHEMA, OPTIONS, str(folder), version, part)]
+def write(table: pa.Table, folder: Path, version: int = 1, shard: int = 7) -> list[ShardFile]:
+    return [file for file, _ in write_shards(table, SCHEMA, OPTIONS, str(folder), version, shard)]
 
 
 def test_files_units_and_order(tmp_path: Path) -> None:
     requests = requests_of(40)
     files = write(requests, tmp_path)
-    assert [file.path for file in files] == [f"data/v000001/day={file.day}/part-00007.parquet" for file in files]
+    assert [file.path for file in files] == [f"data/v000001/day={file.day}/shard-00007-000.parquet" for file in files]
     on_disk = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     assert on_disk == [file.path for file in files]  # and no temporary file is left
     read = []
@@ -92,7 +92,7 @@ def test_dictionaries_where_they_help() -> None:
     table = pa.table({"few": few, "many": rng.integers(0, 2**62, 1000)})
     offsets, values = pa.array(np.arange(0, 10_001, 10), pa.int32()), pa.array(rng.choice(few, 10_000))
     table = table.append_column("few_lists", pa.ListArray.from_arrays(offsets, values))
-    assert dictionary_columns(table, WriteOptions(1024, 3)) == ["few", "few_lists.list.element"]
+    assert dictionary_columns(table, WriteOptions(1024, 3))[0] == ["few", "few_lists.list.element"]
     sizes = []
     for columns in (["few", "few_lists.list.element"], []):
         stream = pa.BufferOutputStream()
