@@ -14,9 +14,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from roo_ray.errors import DataError
-from roo_ray.requests.compare import Ints, differing_rows, digest_rows, same_as_previous, sort_codes
+from roo_ray.requests.compare import Ints, Mask, differing_rows, digest_rows, same_as_previous, sort_codes
 from roo_ray.schema import Schema
-from roo_ray.sources.columns import as_array, list_parts, offsets_of
+from roo_ray.sources.columns import as_array, list_parts, offsets_of, take_rows
 
 NUM_IMPRESSIONS = "num_impressions"
 OnConflict = Literal["fail", "first", "last"]
@@ -63,63 +63,90 @@ def group_with_conflicts(
     ``last`` the first / last value in the order of impressions is taken. A request with two users is always an
     error: its key names two requests. Also raises DataError for null keys.
     """
-    require_keys(table, schema)
-    rows = table.num_rows
+    copies, impressions = table.select(schema.request_columns), table.select(schema.impression_columns)
+    return group_parts(copies, impressions, np.arange(table.num_rows), schema, on_conflict)
+
+
+def share_copies(table: pa.Table, schema: Schema, order: Ints, starts: Mask) -> tuple[Mask, Ints]:
+    """Which rows, in ``order``, say the same in all request-level columns as the first of their run. ``starts``
+    (rows,): where, in order, a run of rows begins that may be alike.
+
+    Returns (rows,) which rows, in order, keep their copy, and (rows,) whose copy each uses, counted among the kept
+    ones. Values are compared, so that a conflict within a request is never lost.
+    """
+    first = np.flatnonzero(starts)[np.cumsum(starts) - 1]  # (rows,) the first row of each row's run
+    alike = np.flatnonzero(~starts)
+    for name in schema.request_columns:
+        alike = alike[~differing_rows(table.column(name), order[alike], order[first[alike]])]
+    keeps = np.ones(len(order), np.bool_)
+    keeps[alike] = False
+    copy: Ints = np.cumsum(keeps) - 1
+    copy[alike] = copy[first[alike]]
+    return keeps, copy
+
+
+def group_parts(
+    copies: pa.Table, impressions: pa.Table, copy_of: Ints, schema: Schema, on_conflict: OnConflict = "fail"
+) -> tuple[pa.Table, dict[str, int]]:
+    """``group_with_conflicts`` of impressions that share copies of the request-level columns: row i of
+    ``impressions`` has row ``copy_of[i]`` of ``copies``."""
+    require_keys(copies, schema)
+    rows = impressions.num_rows
     if rows == 0:
-        return request_row_schema(table.schema, schema).empty_table(), {}
-    order, starts = _order(table, schema)
+        types = pa.schema([*copies.schema, *impressions.schema])
+        return request_row_schema(types, schema).empty_table(), {}
+    order, starts = _order(copies, impressions, copy_of, schema)
     lengths = np.diff(np.append(starts, rows))  # (requests,)
-    conflicts = _conflicts(table, schema, order, starts, lengths, on_conflict)
-    kept = order[starts + lengths - 1] if on_conflict == "last" else order[starts]
+    conflicts = _conflicts(copies, copy_of[order], starts, lengths, schema, on_conflict)
+    kept = copy_of[order[starts + lengths - 1] if on_conflict == "last" else order[starts]]
     offsets = offsets_of(lengths)
-    columns = {name: as_array(table.column(name)).take(pa.array(kept)) for name in schema.request_columns}
-    index = pa.array(order)
+    columns = {name: take_rows(as_array(copies.column(name)), kept) for name in schema.request_columns}
     for name in schema.impression_columns:
-        columns[name] = pa.ListArray.from_arrays(offsets, as_array(table.column(name)).take(index))
+        columns[name] = pa.ListArray.from_arrays(offsets, take_rows(as_array(impressions.column(name)), order))
     columns[NUM_IMPRESSIONS] = pa.array(lengths.astype(np.int32))
     return pa.table(columns), conflicts
 
 
-def _order(table: pa.Table, schema: Schema) -> tuple[Ints, Ints]:
+def _order(copies: pa.Table, impressions: pa.Table, copy_of: Ints, schema: Schema) -> tuple[Ints, Ints]:
     """(rows,) the row order by request and impression, and (requests,) where each request starts in it."""
-    keys = [sort_codes(table.column(name)) for name in schema.keys.request]
+    keys = [sort_codes(copies.column(name))[copy_of] for name in schema.keys.request]
     names = [schema.keys.position] if schema.keys.position else []
     names += [name for name in schema.keys.impression if name not in schema.keys.request]
-    within = [sort_codes(table.column(name)) for name in dict.fromkeys(names)]
+    within = [sort_codes(impressions.column(name)) for name in dict.fromkeys(names)]
     order = np.lexsort([*reversed(within), *reversed(keys)])
     tied = same_as_previous([*keys, *within], order)
     if tied.any():
         tied[:-1] |= tied[1:]
         some = np.sort(order[tied])
-        few = table.take(pa.array(some))
-        digest = np.zeros(table.num_rows, np.uint64)
+        digest = np.zeros(len(copy_of), np.uint64)
+        used, copy = np.unique(copy_of[some], return_inverse=True)
+        of_copies, few = copies.take(pa.array(used)), impressions.take(pa.array(some))
         for name in schema.columns:
-            digest[some] = digest[some] * np.uint64(31) + digest_rows(few.column(name))
+            shared = name in schema.request_columns
+            of_column = digest_rows(of_copies.column(name))[copy] if shared else digest_rows(few.column(name))
+            digest[some] = digest[some] * np.uint64(31) + of_column
         order = np.lexsort([digest, *reversed(within), *reversed(keys)])
     starts = np.flatnonzero(~same_as_previous(keys, order))
     return order, starts
 
 
 def _conflicts(
-    table: pa.Table,
-    schema: Schema,
-    order: Ints,
-    starts: Ints,
-    lengths: Ints,
-    on_conflict: OnConflict,
+    copies: pa.Table, copy_of: Ints, starts: Ints, lengths: Ints, schema: Schema, on_conflict: OnConflict
 ) -> dict[str, int]:
-    first = np.repeat(order[starts], lengths)  # (rows,) the first row of each row's request
+    """``copy_of``: (rows,) in order of the requests."""
+    first = np.repeat(copy_of[starts], lengths)  # (rows,) the copy of the first row of each row's request
+    others = np.flatnonzero(copy_of != first)  # (rows that may differ,)
     counts = {}
     for name in schema.request_columns:
         if name in schema.keys.request:
             continue
-        differs = differing_rows(table.column(name), order, first)
-        if not differs.any():
+        differs = others[differing_rows(copies.column(name), copy_of[others], first[others])]
+        if not len(differs):
             continue
-        requests = np.unique(np.searchsorted(starts, np.flatnonzero(differs), side="right"))
-        at = int(np.flatnonzero(differs)[0])
-        key = describe_key(table, int(order[at]), schema.keys.request)
-        values = [_short(table.column(name)[int(row)].as_py()) for row in (first[at], order[at])]
+        requests = np.unique(np.searchsorted(starts, differs, side="right"))
+        at = int(differs[0])
+        key = describe_key(copies, int(copy_of[at]), schema.keys.request)
+        values = [_short(copies.column(name)[int(row)].as_py()) for row in (first[at], copy_of[at])]
         if name == schema.keys.user:
             raise DataError(
                 f"the request key names several requests: user column '{name}' varies within {len(requests)} "

@@ -174,12 +174,14 @@ def write_shards(
     version: int,
     shard: int,
     token: str = "",
+    first_part: int = 0,
 ) -> Iterator[tuple[ShardFile, dict[str, int]]]:
     """Writes request rows as ``data/vVVVVVV/day=YYYY-MM-DD/shard-SSSSS-PPP.parquet``, for each UTC day one or
     several files of about ``options.file_bytes``, and yields each file with its compressed bytes per column. The
     order of the input rows does not matter.
 
-    Nothing is published by this: the manifest is. ``token``: see ``version_folder``.
+    Nothing is published by this: the manifest is. ``token``: see ``version_folder``; ``first_part``: the number
+    PPP of each day's first file.
     """
     filesystem, base = open_filesystem(data_set)
     times = epoch_seconds(requests.column(schema.keys.time), schema.keys.time)
@@ -195,7 +197,7 @@ def write_shards(
         sample = min(int(bounds[1]), SAMPLE_ROWS)
         dictionary, compressed = dictionary_columns(table.slice(0, sample).combine_chunks(), options)
         expected = float(sizes.sum()) * compressed / max(int(sizes[:sample].sum()), 1)
-        for part, (first, last) in enumerate(_file_bounds(sizes, bounds, expected / options.file_bytes)):
+        for part, (first, last) in enumerate(_file_bounds(sizes, bounds, expected / options.file_bytes), first_part):
             groups = bounds[first : last + 1]
             begin, end = int(groups[0]), int(groups[-1])
             folder = f"{version_folder(version, token)}/day={day_name(int(day))}"

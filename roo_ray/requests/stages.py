@@ -1,50 +1,75 @@
-"""The two stages of a build, each a function that any node can run by itself.
+"""The stages of a build, each a function that any node can run by itself.
 
-``scatter`` reads one unit of the source and deals its rows to hash buckets of the request key, in one Arrow
-file whose record batches are the buckets. ``gather`` reads one bucket from all those files, groups it into
-requests, checks them and writes their shards. All rows of a request meet in one bucket; memory is that of a
-bucket.
+``deal`` and ``assemble`` bring the logs of a joined source together; ``count`` reads the key columns, from which
+the exchange is planned; ``scatter`` deals the rows of a unit to buckets of (day, user); ``gather`` groups the
+buckets of one shard into requests, checks them and writes their files; ``verify`` looks for request keys that
+more than one bucket holds. Between them lie staging files (``staging``). All rows of a request meet in one
+bucket; memory is that of a few buckets.
 """
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
-import pyarrow.ipc as ipc
+import pyarrow.parquet as pq
 
 from roo_ray.config import Build
 from roo_ray.errors import DataError, RooError
 from roo_ray.requests.checks import check_requests
-from roo_ray.requests.grouping import NUM_IMPRESSIONS, group_with_conflicts, require_keys
-from roo_ray.requests.hashing import hash_rows
-from roo_ray.requests.ledger import Sizes, exploded_disk_bytes, measure_requests
+from roo_ray.requests.compare import Ints, Mask
+from roo_ray.requests.exchange import Exchange, Shard, Survey, add_surveys, survey_rows
+from roo_ray.requests.grouping import NUM_IMPRESSIONS, group_parts, require_keys, share_copies
+from roo_ray.requests.hashing import Hashes, hash_array, hash_rows
+from roo_ray.requests.ledger import Sizes, add_sizes, exploded_disk_bytes, measure_requests
 from roo_ray.requests.manifest import ShardFile
-from roo_ray.requests.shards import WriteOptions, write_options, write_shards
+from roo_ray.requests.shards import WriteOptions, write_options, write_shards, write_whole
+from roo_ray.requests.staging import BATCH_ROWS, Piece, Runs, StagingWriter, read_pieces, read_staged
+from roo_ray.requests.times import epoch_seconds, utc_days
+from roo_ray.requests.uniqueness import ranges_for, stage_hashes
 from roo_ray.schema import Schema
-from roo_ray.sources.base import ReadUnit, RowKind, Source
+from roo_ray.sources.base import JoinedSource, KeyedSource, ReadUnit, RowKind, Source
 from roo_ray.sources.columns import as_array, list_parts
 from roo_ray.storage import open_filesystem
+
+COPY_OF = "_copy_of"
+ACCUMULATED = 2  # buckets' worth of request rows that are written together
+ASIDE = "aside"
 
 
 @dataclass(frozen=True)
 class BuildPlan:
     """What every task of a build knows. ``staging``: folder of the files between the stages; ``kind``: what the
-    source's rows are."""
+    source's rows are; ``exchange``: known after the count."""
 
-    source: Source
+    source: Source | JoinedSource
     schema: Schema
     build: Build
     kind: RowKind
-    buckets: int
     staging: str
     data_set: str
     version: int
     token: str = ""
+    exchange: Exchange | None = None
+    requests_expected: float = 0.0
+
+    @property
+    def key_ranges(self) -> int:
+        """Ranges of the hash in which request keys are compared."""
+        return ranges_for(self.requests_expected)
+
+    @property
+    def copy_types(self) -> pa.Schema:
+        """The columns that impressions of one request share."""
+        return pa.schema([self.source.row_schema.field(name) for name in self.schema.request_columns])
+
+    @property
+    def own_types(self) -> pa.Schema:
+        """The columns of an impression, and the number of its copy of the shared ones."""
+        fields = [self.source.row_schema.field(name) for name in self.schema.impression_columns]
+        return pa.schema([*fields, pa.field(COPY_OF, pa.int32())])
 
     @property
     def options(self) -> WriteOptions:
@@ -53,111 +78,262 @@ class BuildPlan:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """The rows that one bucket of a joined source gave, staged under ``name``; they are a unit of the next
+    stages."""
+
+    name: str
+    survey: Survey
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What one bucket of a joined source gave. ``read``: rows of each log; ``aside``: reason -> rows and file."""
+
+    joined: Joined | None
+    read: dict[str, int]
+    counts: dict[str, int]
+    aside: dict[str, tuple[int, str | None]]
+
+
+@dataclass(frozen=True)
 class Scattered:
-    """What one unit gave."""
+    """What one unit gave: rows read, and where they lie in staging (``impressions`` beside the copies of the
+    request-level columns, unless rows are whole requests)."""
 
     rows: int
     impressions: int
+    copies_runs: Runs
+    impression_runs: Runs | None
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """What one bucket gave: ``rows`` read from staging, the files written, counts, and the ledger's sizes."""
+    """What one shard gave: ``rows`` read from staging, the files written, counts, the ledger's sizes, and where
+    the hashes of its request keys lie."""
 
     rows: int
     files: list[ShardFile] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     sizes: Sizes = field(default_factory=dict)
+    keys: Runs | None = None
 
 
-def _staging_file(plan: BuildPlan, unit: int) -> str:
-    return f"{open_filesystem(plan.staging)[1]}/unit-{unit:06d}.arrow"
+def key_hashes(table: pa.Table, schema: Schema) -> tuple[Ints, Hashes, Hashes]:
+    """(rows,) each: the UTC day, the user's hash and the hash of the request key."""
+    require_keys(table, schema)
+    days = utc_days(epoch_seconds(table.column(schema.keys.time), schema.keys.time))
+    return days, hash_array(table.column(schema.keys.user)), hash_rows(table, schema.keys.request)
 
 
-def _impressions(table: pa.Table, plan: BuildPlan) -> int:
-    if plan.kind == "impressions":
-        return int(table.num_rows)
-    return int(list_parts(as_array(table.column(plan.schema.impression_columns[0])))[0].sum())
+def key_columns(schema: Schema) -> list[str]:
+    """The columns that decide where a row goes."""
+    return list(dict.fromkeys([*schema.keys.request, schema.keys.user, schema.keys.time]))
 
 
-def scatter(plan: BuildPlan, unit: ReadUnit) -> Scattered:
-    """Reads a unit and writes its rows, dealt to buckets, as one staging file: batch ``n * buckets + b`` holds
-    bucket ``b`` of the unit's n-th table. Raises DataError for a file that cannot be read and null keys."""
-    filesystem, _ = open_filesystem(plan.staging)
-    path = _staging_file(plan, unit.index)
-    local = isinstance(filesystem, pafs.LocalFileSystem)
-    target = f"{path}.{os.getpid()}.tmp" if local else path
-    types = plan.source.row_schema
-    rows = impressions = 0
-    with (
-        filesystem.open_output_stream(target) as stream,
-        ipc.new_file(stream, types, options=ipc.IpcWriteOptions(compression="lz4")) as writer,
-    ):
+# ---- logs that are joined ------------------------------------------------------------------------
+
+
+def deal(plan: BuildPlan, unit: ReadUnit, buckets: int) -> Runs:
+    """Deals the rows of a unit of one log to buckets by the log's keys. Raises DataError for null keys."""
+    assert isinstance(plan.source, JoinedSource)
+    log = plan.source.logs[unit.log]
+    with StagingWriter(plan.staging, f"log-{unit.index:06d}.arrow", log.schema) as writer:
         for table in plan.source.batches(unit):
-            require_keys(table, plan.schema)
-            hashes = hash_rows(table, plan.schema.keys.request)
-            bucket = (hashes % np.uint64(plan.buckets)).astype(np.int64)
-            order = np.lexsort([hashes, bucket])  # rows of a request together: they compress each other
-            dealt = table.take(pa.array(order)).combine_chunks()
-            bounds = np.searchsorted(bucket[order], np.arange(plan.buckets + 1))
-            for begin, end in pairwise(bounds):
-                part = dealt.slice(begin, end - begin)
-                writer.write_batch(part.to_batches()[0] if part.num_rows else _empty_batch(types))
-            rows += table.num_rows
-            impressions += _impressions(table, plan)
-    if local:
-        os.replace(target, path)
-    return Scattered(rows, impressions)
+            for name in log.keys:
+                if table.column(name).null_count:
+                    raise DataError(
+                        f"{unit.path}: column '{name}' is null in {table.column(name).null_count} rows; rows of the "
+                        "logs are joined by it: remove these rows or correct the source"
+                    )
+            bucket = (hash_rows(table, log.keys) % np.uint64(buckets)).astype(np.int64)
+            order = np.argsort(bucket, kind="stable")
+            bounds = np.searchsorted(bucket[order], np.arange(buckets + 1))
+            writer.write_sorted(table.take(pa.array(order)), np.arange(buckets), bounds)
+        return writer.runs
 
 
-def _empty_batch(types: pa.Schema) -> pa.RecordBatch:
-    return pa.RecordBatch.from_arrays([pa.array([], kind) for kind in types.types], schema=types)
+def assemble(plan: BuildPlan, bucket: int, pieces: dict[str, list[Piece]]) -> Assembly:
+    """Joins the rows of one bucket of all logs, stages the result and writes what is kept aside."""
+    assert isinstance(plan.source, JoinedSource)
+    parts = {
+        name: pa.Table.from_batches(read_pieces(plan.staging, pieces.get(name, [])), log.schema)
+        for name, log in plan.source.logs.items()
+    }
+    read = {name: part.num_rows for name, part in parts.items()}
+    result = plan.source.assemble(parts)
+    del parts
+    aside = {reason: _write_aside(plan, reason, bucket, rows) for reason, rows in result.aside.items() if rows.num_rows}
+    if not result.rows.num_rows:
+        return Assembly(None, read, result.counts, aside)
+    if not result.rows.schema.equals(plan.source.row_schema):
+        raise RooError(f"a joined source gave rows of {result.rows.schema}, not of {plan.source.row_schema}")
+    name = f"joined-{bucket:06d}.arrow"
+    surveys = []
+    with StagingWriter(plan.staging, name, plan.source.row_schema) as writer:
+        for at in range(0, result.rows.num_rows, BATCH_ROWS):
+            part = result.rows.slice(at, BATCH_ROWS)
+            writer.write(part, 0)
+            surveys.append(survey_rows(*key_hashes(part, plan.schema), part.nbytes))
+    return Assembly(Joined(name, add_surveys(surveys)), read, result.counts, aside)
 
 
-def _read_bucket(plan: BuildPlan, bucket: int, units: int) -> pa.Table:
-    filesystem, _ = open_filesystem(plan.staging)
-    batches = []
-    for unit in range(units):
-        path = _staging_file(plan, unit)
-        try:
-            with filesystem.open_input_file(path) as stream, ipc.open_file(stream) as reader:
-                for number in range(bucket, reader.num_record_batches, plan.buckets):
-                    batches.append(reader.get_batch(number))
-        except FileNotFoundError:
-            raise RooError(
-                f"{path} was written by the build and is not there; on a cluster of several nodes the "
-                "data set's path (requests) must be on storage that all nodes share, such as s3://..."
-            ) from None
-    return pa.Table.from_batches(batches, plan.source.row_schema)
+def _write_aside(plan: BuildPlan, reason: str, bucket: int, rows: pa.Table) -> tuple[int, str | None]:
+    if not plan.build.keep_aside:
+        return rows.num_rows, None
+    filesystem, base = open_filesystem(plan.data_set)
+    path = f"{aside_folder(plan.version, plan.token)}/{reason}/part-{bucket:05d}.parquet"
+    stream = pa.BufferOutputStream()
+    pq.write_table(rows, stream, compression="zstd", compression_level=plan.build.compression_level)
+    write_whole(filesystem, f"{base}/{path}", stream.getvalue())
+    return rows.num_rows, path
 
 
-def gather(plan: BuildPlan, bucket: int, units: int) -> Gathered:
-    """Groups, checks and writes one bucket of ``units`` staging files. Raises DataError where a check fails."""
-    table = _read_bucket(plan, bucket, units)
-    if table.num_rows == 0:
-        return Gathered(0)
-    rows = table.num_rows
-    conflicts: dict[str, int] = {}
-    if plan.kind == "impressions":
-        requests, conflicts = group_with_conflicts(table, plan.schema, plan.build.on_request_conflict)
-        del table
+def aside_folder(version: int, token: str = "") -> str:
+    """``aside/v000001``: where the rows that a version keeps aside lie in its data set."""
+    return f"{ASIDE}/v{version:06d}-{token}" if token else f"{ASIDE}/v{version:06d}"
+
+
+# ---- count and scatter ---------------------------------------------------------------------------
+
+
+def count(plan: BuildPlan, unit: ReadUnit) -> Survey:
+    """The survey of a unit of a plain source; reads only the key columns where the source can."""
+    source, columns = plan.source, key_columns(plan.schema)
+    tables = source.key_batches(unit, columns) if isinstance(source, KeyedSource) else source.batches(unit)
+    parts = [survey_rows(*key_hashes(table, plan.schema), 0) for table in tables]
+    return replace(add_surveys(parts), bytes=unit.bytes)
+
+
+def _rows_of(plan: BuildPlan, unit: ReadUnit | Joined) -> Iterator[pa.Table]:
+    if isinstance(unit, Joined):
+        for batch in read_staged(plan.staging, unit.name):
+            yield pa.Table.from_batches([batch])
     else:
+        yield from plan.source.batches(unit)
+
+
+def scatter(plan: BuildPlan, unit: ReadUnit | Joined, number: int) -> Scattered:
+    """Deals the rows of a unit to the exchange's buckets. Impressions of one request in one table share a copy of
+    the request-level columns. Raises DataError for a file that cannot be read and null keys."""
+    exchange, schema, types = plan.exchange, plan.schema, plan.source.row_schema
+    assert exchange is not None
+    rows = impressions = 0
+    if plan.kind == "requests":
+        with StagingWriter(plan.staging, f"rows-{number:06d}.arrow", types) as writer:
+            for table in _rows_of(plan, unit):
+                order, buckets, bounds, _ = _dealt(exchange, table, schema)
+                writer.write_sorted(table.take(pa.array(order)), buckets, bounds)
+                rows += table.num_rows
+                impressions += int(list_parts(as_array(table.column(schema.impression_columns[0])))[0].sum())
+            return Scattered(rows, impressions, writer.runs, None)
+    with (
+        StagingWriter(plan.staging, f"copies-{number:06d}.arrow", plan.copy_types) as copies,
+        StagingWriter(plan.staging, f"impressions-{number:06d}.arrow", plan.own_types) as own,
+    ):
+        for table in _rows_of(plan, unit):
+            order, buckets, bounds, starts = _dealt(exchange, table, schema)
+            shared = table.select(schema.request_columns)
+            keeps, copy = share_copies(shared, schema, order, starts)
+            copy_bounds = np.append(np.cumsum(keeps) - keeps, keeps.sum())[bounds]
+            copies.write_sorted(shared.take(pa.array(order[keeps])), buckets, copy_bounds)
+            local = copy - np.repeat(copy_bounds[:-1], np.diff(bounds))  # counted within the bucket
+            rest = table.select(schema.impression_columns).take(pa.array(order))
+            own.write_sorted(rest.append_column(COPY_OF, [local.astype(np.int32)]), buckets, bounds)
+            rows += table.num_rows
+        return Scattered(rows, rows, copies.runs, own.runs)
+
+
+def _dealt(exchange: Exchange, table: pa.Table, schema: Schema) -> tuple[Ints, Ints, Ints, Mask]:
+    """(rows,) the order by bucket and request; (parts,) the bucket of each part; (parts + 1,) their bounds in that
+    order; (rows,) where, in that order, another request may begin."""
+    days, users, requests = key_hashes(table, schema)
+    bucket = exchange.bucket_of(days, users, requests)
+    order = np.lexsort([requests, bucket])
+    ordered, hashes = bucket[order], requests[order]
+    part_starts = np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]
+    bounds = np.flatnonzero(part_starts)
+    starts = part_starts | np.append(True, hashes[1:] != hashes[:-1])[: len(ordered)]
+    return order, ordered[bounds], np.append(bounds, len(ordered)), starts
+
+
+# ---- gather --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """A shard to gather: for each of its buckets, the pieces of the copies (or of the whole requests) and of the
+    impressions."""
+
+    shard: Shard
+    index: int
+    copies: list[list[Piece]]
+    impressions: list[list[Piece]] | None
+
+
+def gather(plan: BuildPlan, task: ShardTask) -> Gathered:
+    """Groups, checks and writes a shard. Raises DataError where a check fails."""
+    result = Gathered(0)
+    rows = size = 0
+    waiting: list[pa.Table] = []
+    hashes: list[Hashes] = []
+    for number in range(len(task.copies)):
+        requests, taken, conflicts = _grouped(plan, task, number)
+        rows += taken
+        size += requests.nbytes
+        waiting.append(requests)
+        hashes.append(hash_rows(requests, plan.schema.keys.request))
+        result = replace(result, counts=_add(result.counts, conflicts))
+        if size > ACCUMULATED * plan.build.bucket_bytes or number + 1 == len(task.copies):
+            together = pa.concat_tables(waiting).combine_chunks()
+            waiting, size = [], 0
+            if together.num_rows:
+                result = _write(plan, task.shard, together, result)
+            del together
+    keys = stage_hashes(plan.staging, task.index, np.concatenate(hashes), plan.key_ranges)
+    return replace(result, rows=rows, keys=keys)
+
+
+def _grouped(plan: BuildPlan, task: ShardTask, number: int) -> tuple[pa.Table, int, dict[str, int]]:
+    """(request rows, rows read, conflicts) of one bucket."""
+    types = plan.source.row_schema
+    if task.impressions is None:
+        table = pa.Table.from_batches(read_pieces(plan.staging, task.copies[number]), types)
         lengths, _ = list_parts(as_array(table.column(plan.schema.impression_columns[0])))
         requests = table.append_column(NUM_IMPRESSIONS, pa.array(lengths.astype(np.int32)))
+        return requests.select([*plan.schema.columns, NUM_IMPRESSIONS]), table.num_rows, {}
+    copies = list(read_pieces(plan.staging, task.copies[number]))
+    own = list(read_pieces(plan.staging, task.impressions[number]))
+    before = np.cumsum([0, *(batch.num_rows for batch in copies)])[:-1]  # batches of the two go together
+    copy_of = [np.asarray(batch.column(COPY_OF)).astype(np.int64) + at for batch, at in zip(own, before, strict=True)]
+    shared = pa.Table.from_batches(copies, plan.copy_types)
+    rest = pa.Table.from_batches(own, plan.own_types).drop_columns([COPY_OF])
+    requests, conflicts = group_parts(
+        shared, rest, np.concatenate([np.zeros(0, np.int64), *copy_of]), plan.schema, plan.build.on_request_conflict
+    )
+    return requests, rest.num_rows, {f"request_conflicts.{name}": number for name, number in conflicts.items()}
+
+
+def _write(plan: BuildPlan, shard: Shard, requests: pa.Table, so_far: Gathered) -> Gathered:
+    """Checks, measures and writes request rows of a shard."""
     counts = check_requests(requests, plan.schema)
-    counts |= {f"request_conflicts.{name}": number for name, number in conflicts.items()}
     sizes = measure_requests(requests, plan.schema)
     exploded = exploded_disk_bytes(requests, plan.schema, plan.options) if plan.source.disk_bytes() is None else {}
     for name, kinds in sizes.items():
         kinds["disk_bytes"] = {"impression": exploded.get(name, 0), "request": 0}
-    files = []
-    for file, column_bytes in write_shards(
-        requests, plan.schema, plan.options, plan.data_set, plan.version, bucket, plan.token
-    ):
+    files = list(so_far.files)
+    written = write_shards(
+        requests, plan.schema, plan.options, plan.data_set, plan.version, shard.number, plan.token, len(files)
+    )
+    for file, column_bytes in written:
         files.append(file)
         for name, size in column_bytes.items():
             sizes[name]["disk_bytes"]["request"] += size
-    return Gathered(rows, files, counts, sizes)
+    return replace(so_far, files=files, counts=_add(so_far.counts, counts), sizes=add_sizes([so_far.sizes, sizes]))
+
+
+def _add(left: dict[str, int], right: dict[str, int]) -> dict[str, int]:
+    return left | {name: left.get(name, 0) + number for name, number in right.items()}
 
 
 def readable_failure(error: Exception, what: str) -> RooError:

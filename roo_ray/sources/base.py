@@ -69,6 +69,16 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class KeyedSource(Protocol):
+    """A source that can read a few columns of a unit without the rest: a build counts its rows by their keys
+    first."""
+
+    def key_batches(self, unit: ReadUnit, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """``columns`` of the unit's rows, in tables of the same rows as those of ``batches``."""
+        ...
+
+
 @dataclass(frozen=True)
 class Log:
     """One of several logs that are joined. ``schema``: its rows; ``keys``: the columns by which rows of all logs

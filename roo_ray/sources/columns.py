@@ -39,3 +39,8 @@ def offsets_of(lengths: npt.NDArray[np.int64]) -> pa.Array:
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return pa.array(offsets).cast(pa.int32())
+
+
+def take_rows(array: pa.Array, rows: npt.NDArray[np.int64]) -> pa.Array:
+    """The values at ``rows`` (N,)."""
+    return array.take(pa.array(rows))

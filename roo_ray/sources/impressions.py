@@ -39,6 +39,12 @@ class ImpressionLog:
         for batch in stream_unit(unit, self.row_schema.names):
             yield to_plain(pa.Table.from_batches([batch]), self.row_schema)
 
+    def key_batches(self, unit: ReadUnit, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Some columns of the unit's rows, in the same tables."""
+        types = pa.schema([self.row_schema.field(name) for name in columns])
+        for batch in stream_unit(unit, columns):
+            yield to_plain(pa.Table.from_batches([batch]), types)
+
     def disk_bytes(self) -> dict[str, int]:
         """Compressed bytes of the schema's columns, as logged."""
         return self.bytes_per_column

@@ -252,13 +252,13 @@ def test_types_that_the_schema_cannot_use(tmp_path: Path) -> None:
 def test_lost_rows_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The accounting: a stage that loses rows (here the driver drops a bucket's result) publishes nothing."""
     write_log(tmp_path / "log", log_rows())
-    whole = join._map
+    whole = join.run_tasks
 
     def lossy(plan: Any, what: str, *rest: Any) -> list[Any]:
         results = whole(plan, what, *rest)
         return results[1:] if what == "writing" else results
 
-    monkeypatch.setattr(join, "_map", lossy)
+    monkeypatch.setattr(join, "run_tasks", lossy)
     with pytest.raises(Exception, match="rows were lost or doubled"):
         build(config(tmp_path, buckets=4))
     assert list((tmp_path / "requests").iterdir()) == []
@@ -295,17 +295,3 @@ def test_config_mistakes(tmp_path: Path) -> None:
         build(settings.model_copy(update={"requests": str(tmp_path / "log")}))
     with pytest.raises(BadInput, match="source not found"):
         build(settings)
-
-
-def test_default_buckets_follow_the_size_of_the_input() -> None:
-    from roo_ray.sources.base import ReadUnit
-
-    def units(size: int) -> list[ReadUnit]:
-        return [
-            ReadUnit(0, "", "", (0,), "impressions", 1, size // 2),
-            ReadUnit(1, "", "", (0,), "impressions", 1, size // 2),
-        ]
-
-    assert join._default_buckets(units(10)) == 4
-    assert join._default_buckets(units(128_000_000 * 30)) == 30
-    assert join._default_buckets(units(10**15)) == 4096
