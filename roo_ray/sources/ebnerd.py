@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
@@ -30,6 +29,7 @@ from roo_ray.sources.base import (
     to_plain,
 )
 from roo_ray.sources.columns import as_array, is_list, list_parts, offsets_of
+from roo_ray.sources.positives import positives_to_labels
 from roo_ray.storage import open_filesystem
 
 USER = "user_id"
@@ -172,35 +172,15 @@ def _without_history(behaviors: list[ReadUnit], history: list[ReadUnit]) -> int:
 
 
 def clicked_labels(behaviors: pa.Table, path: str) -> pa.Array:
-    """(N,) lists of int8: for each article in view, 1 where it is among the request's clicked articles.
-
-    Raises DataError naming the file and request for a clicked article that is not in view: its click would be
-    lost.
-    """
-    inview = as_array(behaviors.column(INVIEW))
-    lengths, shown = list_parts(inview)
-    click_lengths, clicks = list_parts(as_array(behaviors.column(CLICKED_IDS)))
-    try:
-        clicks = clicks.cast(shown.type)
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path}: '{CLICKED_IDS}' and '{INVIEW}' have unlike ids: {error}") from None
-    codes = pa.concat_arrays([shown, clicks]).dictionary_encode(null_encoding="encode")
-    code = np.asarray(codes.indices).astype(np.int64)
-    rows = np.concatenate(
-        [np.repeat(np.arange(len(lengths)), lengths), np.repeat(np.arange(len(lengths)), click_lengths)]
+    """(N,) lists of int8: for each article in view, 1 where it is among the request's clicked articles. Raises
+    DataError for a clicked article that is not in view."""
+    return positives_to_labels(
+        as_array(behaviors.column(INVIEW)),
+        as_array(behaviors.column(CLICKED_IDS)),
+        (INVIEW, CLICKED_IDS),
+        path,
+        lambda row: f"{USER}={behaviors.column(USER)[row]} in row {row}",
     )
-    pairs = rows * max(len(codes.dictionary), 1) + code  # one number per (request, article)
-    shown_pairs, click_pairs = pairs[: len(shown)], pairs[len(shown) :]
-    lost = np.flatnonzero(~np.isin(click_pairs, shown_pairs))
-    if len(lost):
-        row = int(rows[len(shown) + lost[0]])
-        raise DataError(
-            f"{path}: {len(lost)} clicked articles are not in view and their clicks would be lost (first: "
-            f"article {clicks[int(lost[0])]} of user {behaviors.column(USER)[row]}'s request in row {row}); "
-            f"correct '{CLICKED_IDS}' or '{INVIEW}'"
-        )
-    clicked = np.isin(shown_pairs, click_pairs).astype(np.int8)
-    return pa.ListArray.from_arrays(offsets_of(lengths), pa.array(clicked))
 
 
 def joined_histories(users: pa.ChunkedArray, histories: pa.Table) -> dict[str, pa.Array]:

@@ -115,7 +115,7 @@ def test_a_user_with_two_histories(tmp_path: Path) -> None:
 def test_a_click_that_is_not_in_view(tmp_path: Path) -> None:
     lost = [*BEHAVIORS[:3], BEHAVIORS[3] | {"article_ids_clicked": [1, 9]}]  # 9 is in view, but elsewhere
     folder = write(tmp_path, lost, HISTORY)
-    with pytest.raises(DataError, match=r"1 clicked articles are not in view .*article 9 of user 7"):
+    with pytest.raises(DataError, match=r"1 values of 'article_ids_clicked' are not in .*9 of request user_id=7"):
         request_rows(folder)
 
 

@@ -1,0 +1,144 @@
+"""Comparing Arrow values in bulk: order codes, digests and equality of rows, nulls, NaNs and lists included.
+
+Two nulls are equal here, and two NaNs are: what is compared is whether a log says the same thing twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from roo_ray.errors import DataError
+from roo_ray.sources.columns import as_array, is_list, list_parts
+from roo_ray.sources.hashing import NULL_HASH, Hashes, hash_array, mix64
+
+Ints = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+TOKENS_AT_ONCE = 4_000_000
+
+
+def sort_codes(column: pa.Array | pa.ChunkedArray) -> Ints:
+    """(N,) int64 codes of a scalar column: equal values have equal codes, and codes sort as the values do,
+    nulls last. Codes of two columns are not comparable. Raises DataError for lists and other types that have
+    no order."""
+    array = as_array(column)
+    kind = array.type
+    if array.null_count == 0:
+        if pa.types.is_timestamp(kind) or pa.types.is_date64(kind) or pa.types.is_time64(kind):
+            return np.asarray(array.cast(pa.int64()))
+        if pa.types.is_uint64(kind):
+            flipped: Ints = (np.asarray(array) ^ np.uint64(1 << 63)).view(np.int64)
+            return flipped
+        if pa.types.is_integer(kind):
+            return np.asarray(array).astype(np.int64)
+    if pa.types.is_null(kind):
+        return np.zeros(len(array), np.int64)
+    try:
+        ranks = pc.rank(array, sort_keys="ascending", tiebreaker="dense")
+    except (pa.ArrowNotImplementedError, pa.ArrowTypeError):
+        raise DataError(f"values of type {kind} have no order and cannot be keys") from None
+    return np.asarray(ranks).astype(np.int64)
+
+
+def digest_rows(column: pa.Array | pa.ChunkedArray) -> Hashes:
+    """(N,) uint64 digest of each value, of any type. Equal values have equal digests."""
+    array = as_array(column)
+    kind = array.type
+    if is_list(kind):
+        lengths, values = list_parts(array)
+        starts = np.cumsum(lengths) - lengths
+        position = np.arange(len(values), dtype=np.int64) - np.repeat(starts, lengths)
+        tokens = mix64(digest_rows(values) ^ mix64(position.view(np.uint64)))
+        sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(tokens, dtype=np.uint64)])
+        hashes = mix64(sums[starts + lengths] - sums[starts] + lengths.view(np.uint64))
+    elif pa.types.is_struct(kind):
+        hashes = np.zeros(len(array), np.uint64)
+        for field in array.flatten():
+            hashes = mix64(hashes * np.uint64(31) + digest_rows(field))
+    elif pa.types.is_floating(kind):
+        numbers = np.asarray(pc.fill_null(array.cast(pa.float64()), 0.0))
+        hashes = mix64(np.where(np.isnan(numbers), np.nan, numbers + 0.0).view(np.uint64))
+    elif pa.types.is_null(kind):
+        return np.full(len(array), NULL_HASH)
+    else:
+        return hash_array(array if _is_hashable(kind) else array.cast(pa.string()))
+    return np.where(np.asarray(array.is_null()), NULL_HASH, hashes) if array.null_count else hashes
+
+
+def _is_hashable(kind: pa.DataType) -> bool:
+    types = pa.types
+    checks = (types.is_integer, types.is_boolean, types.is_temporal, types.is_string, types.is_binary)
+    return any(check(kind) for check in checks)
+
+
+def differing_rows(column: pa.Array | pa.ChunkedArray, left: Ints, right: Ints) -> Mask:
+    """(N,) bool: whether the values at rows ``left`` (N,) and ``right`` (N,) differ; values are compared, never
+    hashes of them. Lists are compared element by element, in slices of bounded memory."""
+    array = as_array(column)
+    kind = array.type
+    if is_list(kind):
+        return _differing_lists(array, left, right)
+    if pa.types.is_struct(kind):
+        differs: Mask = _null_mask(array)[left] != _null_mask(array)[right]
+        for field in array.flatten():
+            differs |= differing_rows(field, left, right)
+        return differs
+    if pa.types.is_null(kind):
+        return np.zeros(len(left), np.bool_)
+    if pa.types.is_timestamp(kind) or pa.types.is_date64(kind) or pa.types.is_time64(kind):
+        array = array.cast(pa.int64())
+    elif pa.types.is_boolean(kind):
+        array = array.cast(pa.int8())
+    elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        array = array.dictionary_encode().indices
+    values = np.asarray(pc.fill_null(array, pa.scalar(0, array.type)) if array.null_count else array)
+    a, b = values[left], values[right]
+    unequal: Mask = a != b
+    if pa.types.is_floating(array.type):
+        unequal &= ~(np.isnan(a) & np.isnan(b))
+    if array.null_count:
+        nulls = _null_mask(array)
+        unequal = np.where(nulls[left] | nulls[right], nulls[left] != nulls[right], unequal)
+    return unequal
+
+
+def _null_mask(array: pa.Array) -> Mask:
+    mask: Mask = np.asarray(array.is_null())
+    return mask
+
+
+def _differing_lists(array: pa.Array, left: Ints, right: Ints) -> Mask:
+    lengths, values = list_parts(array)
+    starts = np.cumsum(lengths) - lengths
+    differs: Mask = lengths[left] != lengths[right]
+    if array.null_count:
+        differs |= _null_mask(array)[left] != _null_mask(array)[right]
+    rows = np.flatnonzero(~differs & (left != right) & (lengths[left] > 0))
+    sizes = lengths[left[rows]]
+    ends = np.cumsum(sizes)
+    begin = 0
+    while begin < len(rows):
+        done = ends[begin - 1] if begin else 0
+        end = max(begin + 1, int(np.searchsorted(ends, done + TOKENS_AT_ONCE, side="right")))
+        some, size = rows[begin:end], sizes[begin:end]
+        first = np.cumsum(size) - size
+        index_left = np.repeat(starts[left[some]] - first, size) + np.arange(int(size.sum()))
+        index_right = index_left + np.repeat(starts[right[some]] - starts[left[some]], size)
+        differs[some] = np.logical_or.reduceat(differing_rows(values, index_left, index_right), first)
+        begin = end
+    return differs
+
+
+def same_as_previous(codes: Sequence[Ints], order: Ints) -> Mask:
+    """(N,) bool: whether each row, in ``order``, equals the one before it in all ``codes``; the first does
+    not."""
+    same = np.ones(len(order), np.bool_)
+    same[:1] = False
+    for code in codes:
+        ordered = code[order]
+        same[1:] &= ordered[1:] == ordered[:-1]
+    return same
