@@ -23,8 +23,9 @@ import ray
 from roo_ray.config import Config
 from roo_ray.errors import BadInput, ConfigError, DataError, RooError
 from roo_ray.requests.checks import check_types
-from roo_ray.requests.ledger import add_sizes, make_ledger
+from roo_ray.requests.ledger import build_ledger
 from roo_ray.requests.manifest import Manifest, manifest_versions, publish_manifest
+from roo_ray.requests.report import accounted, counts_of, merge_findings, report_json, require_passed
 from roo_ray.requests.shards import DATA, version_folder
 from roo_ray.requests.stages import BuildPlan, Gathered, Scattered, gather, readable_failure, scatter
 from roo_ray.sources import open_source
@@ -99,9 +100,9 @@ def _run(plan: BuildPlan, units: Sequence[ReadUnit], progress: Say) -> Manifest:
     shards = sorted((file for result in gathered for file in result.files), key=lambda file: file.path)
     counts = {"units_read": len(units), "rows_read": sum(result.rows for result in scattered)}
     counts |= {"impressions_read": read, **plan.source.counts()}
-    for result in gathered:
-        for name, number in result.counts.items():
-            counts[name] = counts.get(name, 0) + number
+    findings = merge_findings(result.findings for result in gathered)
+    require_passed(findings)
+    counts |= counts_of(findings)
     counts["requests"] = sum(file.requests for file in shards)
     counts["impressions"] = sum(file.impressions for file in shards)
     _account(plan, counts, rows, sum(result.rows for result in gathered))
@@ -112,8 +113,20 @@ def _run(plan: BuildPlan, units: Sequence[ReadUnit], progress: Say) -> Manifest:
         schema_digest=plan.schema.digest,
         files=shards,
         counts=counts,
-        ledger=_ledger(plan, gathered),
+        ledger=build_ledger(
+            plan.schema,
+            [result.sizes for result in gathered],
+            shards,
+            logged=plan.source.disk_bytes(),
+            codec=plan.source.codec,
+            level=plan.build.compression_level,
+        ),
+        report=report_json([accounted(plan.kind, rows, counts), *findings]),
     )
+
+
+def _kept_and_dropped(counts: dict[str, int]) -> int:
+    return counts["impressions"] + counts.get("dropped_impressions", 0)
 
 
 def _account(plan: BuildPlan, counts: dict[str, int], listed: int, gathered: int) -> None:
@@ -121,33 +134,13 @@ def _account(plan: BuildPlan, counts: dict[str, int], listed: int, gathered: int
     stations = {"listed in footers": listed, "read": counts["rows_read"], "grouped": gathered}
     if plan.kind == "requests":
         stations["written"] = counts["requests"]
-    if len(set(stations.values())) > 1 or counts["impressions_read"] != counts["impressions"]:
+    if len(set(stations.values())) > 1 or _kept_and_dropped(counts) != counts["impressions_read"]:
         found = ", ".join(f"{number:,} {station}" for station, number in stations.items())
         raise RooError(
-            f"rows were lost or doubled: {found} {plan.kind}; {counts['impressions_read']:,} impressions "
-            f"read, {counts['impressions']:,} written; nothing is published. If the source's files "
-            "changed during the build, run it again"
+            f"rows were lost or doubled: {found} {plan.kind}; {counts['impressions_read']:,} impressions read, "
+            f"{_kept_and_dropped(counts):,} written or dropped by rule; nothing is published. If the source's "
+            "files changed during the build, run it again"
         )
-
-
-def _ledger(plan: BuildPlan, gathered: Sequence[Gathered]) -> dict[str, Any]:
-    sizes = add_sizes(result.sizes for result in gathered)
-    logged = plan.source.disk_bytes()
-    written = f"zstd level {plan.build.compression_level}"
-    if logged is None:
-        how = (
-            "the source has request rows, so impression-level disk bytes are those of the same rows exploded "
-            f"and written with the same codec ({written}), requests together"
-        )
-    else:
-        how = f"impression-level disk bytes are those of the source's Parquet files ({plan.source.codec})"
-        for name, size in logged.items():
-            sizes[name]["disk_bytes"]["impression"] = size
-    how += (
-        f"; request-level ones of the written shards ({written}). Compressed column bytes from the footers. "
-        "Elements are single values; memory is their plain Arrow size with 4-byte offsets"
-    )
-    return make_ledger(sizes, plan.schema, how)
 
 
 # ---- tasks ---------------------------------------------------------------------------------------

@@ -48,7 +48,8 @@ class ShardFile(Strict):
 
 class Manifest(Strict):
     """A version of a data set. ``counts``: what was read, written and kept aside, by name. ``ledger``: bytes
-    and elements per column, impression-level against request-level (see ``requests/ledger.py``)."""
+    and elements per column, impression-level against request-level (``requests/ledger.py``). ``report``: the
+    validation report of the build (``requests/report.py``)."""
 
     format: int = FORMAT
     version: int
@@ -57,6 +58,7 @@ class Manifest(Strict):
     files: list[ShardFile]
     counts: dict[str, int] = Field(default_factory=dict)
     ledger: dict[str, Any] = Field(default_factory=dict)
+    report: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def requests(self) -> int:

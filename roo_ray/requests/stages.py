@@ -19,16 +19,19 @@ import pyarrow.ipc as ipc
 
 from roo_ray.config import Build
 from roo_ray.errors import DataError, RooError
-from roo_ray.requests.checks import check_requests
-from roo_ray.requests.grouping import NUM_IMPRESSIONS, group_with_conflicts, require_keys
+from roo_ray.requests.examine import examine
+from roo_ray.requests.grouping import require_keys
 from roo_ray.requests.hashing import hash_rows
-from roo_ray.requests.ledger import Sizes, exploded_disk_bytes, measure_requests
+from roo_ray.requests.ledger import Sizes, measure_bucket
 from roo_ray.requests.manifest import ShardFile
+from roo_ray.requests.report import Finding, stops_writing
 from roo_ray.requests.shards import WriteOptions, write_shards
 from roo_ray.schema import Schema
 from roo_ray.sources.base import ReadUnit, RowKind, Source
 from roo_ray.sources.columns import as_array, list_parts
 from roo_ray.storage import open_filesystem
+
+REFUSED = "REFUSED"
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,12 @@ class Scattered:
 
 @dataclass(frozen=True)
 class Gathered:
-    """What one bucket gave: ``rows`` read from staging, the files written, counts, and the ledger's sizes."""
+    """What one bucket gave: ``rows`` read from staging, the files written, what the checks found, and the
+    ledger's sizes."""
 
     rows: int
     files: list[ShardFile] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
     sizes: Sizes = field(default_factory=dict)
 
 
@@ -132,24 +136,16 @@ def _read_bucket(plan: BuildPlan, bucket: int, units: int) -> pa.Table:
 
 
 def gather(plan: BuildPlan, bucket: int, units: int) -> Gathered:
-    """Groups, checks and writes one bucket of ``units`` staging files. Raises DataError where a check fails."""
+    """Groups, checks and writes one bucket of ``units`` staging files; nothing is written where a check fails."""
     table = _read_bucket(plan, bucket, units)
     if table.num_rows == 0:
         return Gathered(0)
     rows = table.num_rows
-    conflicts: dict[str, int] = {}
-    if plan.kind == "impressions":
-        requests, conflicts = group_with_conflicts(table, plan.schema, plan.build.on_request_conflict)
-        del table
-    else:
-        lengths, _ = list_parts(as_array(table.column(plan.schema.impression_columns[0])))
-        requests = table.append_column(NUM_IMPRESSIONS, pa.array(lengths.astype(np.int32)))
-    counts = check_requests(requests, plan.schema)
-    counts |= {f"request_conflicts.{name}": number for name, number in conflicts.items()}
-    sizes = measure_requests(requests, plan.schema)
-    exploded = exploded_disk_bytes(requests, plan.schema, plan.options) if plan.source.disk_bytes() is None else {}
-    for name, kinds in sizes.items():
-        kinds["disk_bytes"] = {"impression": exploded.get(name, 0), "request": 0}
+    requests, findings = examine(table, plan.schema, plan.kind, plan.build)
+    del table
+    if _refused(plan, findings):
+        return Gathered(rows, findings=findings)
+    sizes = measure_bucket(requests, plan.schema, plan.options, plan.build.ledger, bucket, plan.buckets)
     files = []
     for file, column_bytes in write_shards(
         requests, plan.schema, plan.options, plan.data_set, plan.version, bucket, plan.token
@@ -157,7 +153,16 @@ def gather(plan: BuildPlan, bucket: int, units: int) -> Gathered:
         files.append(file)
         for name, size in column_bytes.items():
             sizes[name]["disk_bytes"]["request"] += size
-    return Gathered(rows, files, counts, sizes)
+    return Gathered(rows, files, findings, sizes)
+
+
+def _refused(plan: BuildPlan, findings: list[Finding]) -> bool:
+    """Whether a check failed here or in another task: what is left is then examined and not written."""
+    filesystem, staging = open_filesystem(plan.staging)
+    if stops_writing(findings):
+        filesystem.open_output_stream(f"{staging}/{REFUSED}").close()
+        return True
+    return bool(filesystem.get_file_info(f"{staging}/{REFUSED}").type != pafs.FileType.NotFound)
 
 
 def readable_failure(error: Exception, what: str) -> RooError:
