@@ -239,9 +239,16 @@ class Build(Strict):
     memory is a few times that, for each CPU. ``row_group_requests``, ``row_group_impressions``,
     ``row_group_bytes`` (in memory): a row group, the unit of reading, ends at whichever comes first; a single
     larger request has one of its own. ``order`` of the rows of a file: ``user_time`` (compresses best) or
-    ``time``. ``on_request_conflict``: what to do when a request-only column varies within a request: ``fail``,
-    or keep the ``first`` / ``last`` value in impression order (counted in the manifest either way).
-    ``keep_aside``: write the rows that join to no request under ``aside/`` (they are counted either way).
+    ``time``. ``keep_aside``: write the rows that join to no request under ``aside/`` (they are counted either
+    way). ``ledger``: whether the sizes of the impression-level form sorted by request are measured on all rows
+    (``full``), on a sample of the shards (``sample``) or not at all (``off``).
+
+    What happens where a check fails (docs/data.md); all is counted in the manifest and its report:
+    ``on_request_conflict``: a request-only column varies within a request: ``fail``, or keep the ``first`` /
+    ``last`` value in impression order, or that of the impression with the latest ``keys.impression_time``
+    (``max_time``). ``on_duplicate_impression``: ``fail``, or ``drop`` all but the first. ``on_leaking_history``:
+    history events at or after the request's time: ``fail``, ``count`` (they stay in the shards and never reach
+    a model) or ``drop`` them. ``max_empty_history_share``: more empty histories than this share fail.
     """
 
     buckets: int | None = Field(default=None, gt=0)
@@ -252,8 +259,12 @@ class Build(Strict):
     row_group_bytes: int = Field(default=64_000_000, gt=0)
     order: Literal["user_time", "time"] = "user_time"
     compression_level: int = Field(default=3, ge=1, le=22)
-    on_request_conflict: Literal["fail", "first", "last"] = "fail"
     keep_aside: bool = True
+    on_request_conflict: Literal["fail", "first", "last", "max_time"] = "fail"
+    on_duplicate_impression: Literal["fail", "drop"] = "fail"
+    on_leaking_history: Literal["fail", "count", "drop"] = "fail"
+    max_empty_history_share: float = Field(default=0.99, ge=0, le=1)
+    ledger: Literal["full", "sample", "off"] = "sample"
 
 
 class Holdout(Strict):
@@ -372,6 +383,15 @@ class Config(Strict):
             raise ValueError(
                 f"training.workers {self.training.workers} is more than ingest.lanes {self.ingest.lanes}: "
                 "every worker owns at least one lane; raise ingest.lanes"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _latest_impression_is_known(self) -> Config:
+        if self.build.on_request_conflict == "max_time" and self.request_schema.keys.impression_time is None:
+            raise ValueError(
+                "build.on_request_conflict: max_time needs the column of the impression's time in the schema's "
+                "keys.impression_time"
             )
         return self
 

@@ -161,13 +161,15 @@ class Label(Strict):
 class Keys(Strict):
     """``request``: the columns that together name a request (published ids repeat: take several).
     ``user``, ``time``: columns of the request's user and time. ``impression``: columns that together are
-    unique within a request. ``position``: column that orders the impressions of a request."""
+    unique within a request. ``position``: column that orders the impressions of a request.
+    ``impression_time``: column with the time of the impression, where it has one of its own."""
 
     request: ColumnNames = Field(min_length=1)
     user: str
     time: str
     impression: ColumnNames = []
     position: str | None = None
+    impression_time: str | None = None
 
 
 class Carry(Strict):
@@ -228,7 +230,7 @@ class Schema(Strict):
     def impression_columns(self) -> list[str]:
         """All columns with one value per impression (NRO and labels), each once, in a fixed order."""
         names = [n for n in self.keys.impression if n not in self.keys.request]
-        names += [self.keys.position] if self.keys.position else []
+        names += [name for name in (self.keys.position, self.keys.impression_time) if name]
         names += [c for f in self.features if f.level == "impression" for c in f.source_columns]
         names += [label.column for label in self.labels]
         names += [label.oracle for label in self.labels if label.oracle]

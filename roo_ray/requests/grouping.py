@@ -15,11 +15,12 @@ import pyarrow as pa
 
 from roo_ray.errors import DataError
 from roo_ray.requests.compare import Ints, Mask, differing_rows, digest_rows, same_as_previous, sort_codes
+from roo_ray.requests.report import FAIL, Finding, require_passed
 from roo_ray.schema import Schema
 from roo_ray.sources.columns import as_array, list_parts, offsets_of, take_rows
 
 NUM_IMPRESSIONS = "num_impressions"
-OnConflict = Literal["fail", "first", "last"]
+OnConflict = Literal["fail", "first", "last", "max_time"]
 
 
 def describe_key(table: pa.Table, row: int, columns: Sequence[str]) -> str:
@@ -49,19 +50,23 @@ def group_impressions(table: pa.Table, schema: Schema, on_conflict: OnConflict =
     """Request rows of an impression table with the schema's columns, in order of the request key.
 
     Impressions are ordered by ``keys.position``, then ``keys.impression``, then a digest of the whole row, so
-    that the result does not depend on the order of the input. See ``group_with_conflicts``.
+    that the result does not depend on the order of the input. Raises DataError where a check of
+    ``group_with_findings`` fails.
     """
-    return group_with_conflicts(table, schema, on_conflict)[0]
+    requests, findings = group_with_findings(table, schema, on_conflict)
+    require_passed(findings)
+    return requests
 
 
-def group_with_conflicts(
+def group_with_findings(
     table: pa.Table, schema: Schema, on_conflict: OnConflict = "fail"
-) -> tuple[pa.Table, dict[str, int]]:
-    """(request rows, requests per request-level column whose value varies within the request).
+) -> tuple[pa.Table, list[Finding]]:
+    """(request rows, what was found of request-level columns that vary within a request).
 
-    A varying column raises DataError naming column, request and count; with ``on_conflict`` ``first`` /
-    ``last`` the first / last value in the order of impressions is taken. A request with two users is always an
-    error: its key names two requests. Also raises DataError for null keys.
+    A varying column has the rule ``on_conflict``: with ``first`` / ``last`` the first / last value in the order
+    of impressions is taken, with ``max_time`` that of the impression with the latest ``keys.impression_time``
+    (the last of them; a null time is the earliest). A request with two users always fails: its key names two
+    requests. Raises DataError for null keys.
     """
     copies, impressions = table.select(schema.request_columns), table.select(schema.impression_columns)
     return group_parts(copies, impressions, np.arange(table.num_rows), schema, on_conflict)
@@ -87,24 +92,42 @@ def share_copies(table: pa.Table, schema: Schema, order: Ints, starts: Mask) -> 
 
 def group_parts(
     copies: pa.Table, impressions: pa.Table, copy_of: Ints, schema: Schema, on_conflict: OnConflict = "fail"
-) -> tuple[pa.Table, dict[str, int]]:
-    """``group_with_conflicts`` of impressions that share copies of the request-level columns: row i of
+) -> tuple[pa.Table, list[Finding]]:
+    """``group_with_findings`` of impressions that share copies of the request-level columns: row i of
     ``impressions`` has row ``copy_of[i]`` of ``copies``."""
     require_keys(copies, schema)
     rows = impressions.num_rows
+    keys_known = Finding("null request key", ", ".join(schema.keys.request), rows, "impressions", 0, FAIL)
     if rows == 0:
         types = pa.schema([*copies.schema, *impressions.schema])
-        return request_row_schema(types, schema).empty_table(), {}
+        return request_row_schema(types, schema).empty_table(), [keys_known]
     order, starts = _order(copies, impressions, copy_of, schema)
     lengths = np.diff(np.append(starts, rows))  # (requests,)
-    conflicts = _conflicts(copies, copy_of[order], starts, lengths, schema, on_conflict)
-    kept = copy_of[order[starts + lengths - 1] if on_conflict == "last" else order[starts]]
+    findings = _conflicts(copies, copy_of[order], starts, lengths, schema, on_conflict)
+    kept = copy_of[_kept(impressions, schema, order, starts, lengths, on_conflict)]
     offsets = offsets_of(lengths)
     columns = {name: take_rows(as_array(copies.column(name)), kept) for name in schema.request_columns}
     for name in schema.impression_columns:
         columns[name] = pa.ListArray.from_arrays(offsets, take_rows(as_array(impressions.column(name)), order))
     columns[NUM_IMPRESSIONS] = pa.array(lengths.astype(np.int32))
-    return pa.table(columns), conflicts
+    return pa.table(columns), [keys_known, *findings]
+
+
+def _kept(
+    impressions: pa.Table, schema: Schema, order: Ints, starts: Ints, lengths: Ints, on_conflict: OnConflict
+) -> Ints:
+    """(requests,) the impression whose request-level values are kept."""
+    ends = starts + lengths - 1
+    kept: Ints = order[ends if on_conflict == "last" else starts]
+    if on_conflict != "max_time":
+        return kept
+    if schema.keys.impression_time is None:
+        raise DataError("build.on_request_conflict: max_time needs the schema's keys.impression_time")
+    times = as_array(impressions.column(schema.keys.impression_time))
+    codes = np.where(np.asarray(times.is_null()), np.iinfo(np.int64).min, sort_codes(times))[order]
+    by_time = np.lexsort([codes, np.repeat(np.arange(len(starts)), lengths)])  # requests stay where they are
+    latest: Ints = order[by_time[ends]]
+    return latest
 
 
 def _order(copies: pa.Table, impressions: pa.Table, copy_of: Ints, schema: Schema) -> tuple[Ints, Ints]:
@@ -132,37 +155,49 @@ def _order(copies: pa.Table, impressions: pa.Table, copy_of: Ints, schema: Schem
 
 def _conflicts(
     copies: pa.Table, copy_of: Ints, starts: Ints, lengths: Ints, schema: Schema, on_conflict: OnConflict
-) -> dict[str, int]:
+) -> list[Finding]:
     """``copy_of``: (rows,) in order of the requests."""
     first = np.repeat(copy_of[starts], lengths)  # (rows,) the copy of the first row of each row's request
     others = np.flatnonzero(copy_of != first)  # (rows that may differ,)
-    counts = {}
+    findings = []
     for name in schema.request_columns:
         if name in schema.keys.request:
             continue
+        is_user = name == schema.keys.user
         differs = others[differing_rows(copies.column(name), copy_of[others], first[others])]
-        if not len(differs):
-            continue
-        requests = np.unique(np.searchsorted(starts, differs, side="right"))
-        at = int(differs[0])
-        key = describe_key(copies, int(copy_of[at]), schema.keys.request)
-        values = [_short(copies.column(name)[int(row)].as_py()) for row in (first[at], copy_of[at])]
-        if name == schema.keys.user:
-            raise DataError(
-                f"the request key names several requests: user column '{name}' varies within {len(requests)} "
-                f"requests (first: {key}: {values[0]} and {values[1]}); add columns to keys.request"
+        found = len(np.unique(np.searchsorted(starts, differs, side="right")))
+        offender = problem = ""
+        if found:
+            at = int(differs[0])
+            key = describe_key(copies, int(copy_of[at]), schema.keys.request)
+            values = [short(copies.column(name)[int(row)].as_py()) for row in (first[at], copy_of[at])]
+            offender = f"{key}: {values[0]} and {values[1]}"
+            problem = (
+                f"the request key names several requests: user column '{name}' varies within {{found}} requests "
+                f"(first: {offender}); add columns to keys.request"
+                if is_user
+                else f"column '{name}' varies within {{found}} requests (first: {offender}), but the schema has it "
+                "once per request; declare it impression-level, correct the log, add columns to keys.request, or "
+                "set build.on_request_conflict to first, last or max_time"
             )
-        if on_conflict == "fail":
-            raise DataError(
-                f"column '{name}' varies within {len(requests)} requests (first: {key}: {values[0]} and "
-                f"{values[1]}), but the schema has it once per request; declare it impression-level, correct "
-                "the log, add columns to keys.request, or set build.on_request_conflict to first or last"
+        findings.append(
+            Finding(
+                "two users in one request" if is_user else "varies within requests",
+                name,
+                len(starts),
+                "requests",
+                found,
+                FAIL if is_user else on_conflict,
+                offender,
+                problem,
+                counts_as=(f"request_conflicts.{name}",) if found else (),
             )
-        counts[name] = len(requests)
-    return counts
+        )
+    return findings
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """A value as text of at most 60 characters, for messages."""
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 

@@ -10,15 +10,15 @@ import os
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from roo_ray.config import Config
 from roo_ray.errors import ConfigError, RooError
 from roo_ray.requests.checks import check_types
 from roo_ray.requests.exchange import add_surveys, plan_exchange
 from roo_ray.requests.folders import STAGING, is_local, only_writer, remove_folder, remove_if_empty, remove_strays
-from roo_ray.requests.ledger import add_sizes, make_ledger
+from roo_ray.requests.ledger import build_ledger
 from roo_ray.requests.manifest import AsideRows, Manifest, publish_manifest
+from roo_ray.requests.report import FAIL, Finding, accounted, counts_of, merge_findings, report_json, require_passed
 from roo_ray.requests.shards import version_folder
 from roo_ray.requests.stages import (
     Assembly,
@@ -125,12 +125,14 @@ def _run(plan: BuildPlan, units: Sequence[ReadUnit], progress: Say) -> Manifest:
     read = sum(result.impressions for result in scattered)
     progress(f"grouping, checking and writing {read:,} impressions ({len(exchange.shards):,} tasks)")
     gathered = run_tasks(plan, "writing", gather, [(task,) for task in _shard_tasks(plan, scattered)], progress)
-    _verify(plan, gathered, progress)
+    findings = merge_findings(result.findings for result in gathered)
+    require_passed(findings)
+    findings.append(_verify(plan, gathered, progress))
 
     shards = sorted((file for result in gathered for file in result.files), key=lambda file: file.path)
     counts["rows_read"] = rows if isinstance(plan.source, JoinedSource) else sum(part.rows for part in scattered)
     counts |= {"impressions_read": read, **plan.source.counts()}
-    counts = _add_all([counts, *(result.counts for result in gathered)])
+    counts |= counts_of(findings)
     counts["requests"] = sum(file.requests for file in shards)
     counts["impressions"] = sum(file.impressions for file in shards)
     stations = {"listed": survey.total_rows if inputs is not units else rows, "counted": survey.total_rows}
@@ -144,7 +146,15 @@ def _run(plan: BuildPlan, units: Sequence[ReadUnit], progress: Say) -> Manifest:
         files=shards,
         aside=aside,
         counts=counts,
-        ledger=_ledger(plan, gathered),
+        ledger=build_ledger(
+            plan.schema,
+            [result.sizes for result in gathered],
+            shards,
+            logged=plan.source.disk_bytes(),
+            codec=plan.source.codec,
+            level=plan.build.compression_level,
+        ),
+        report=report_json([accounted(plan.kind, survey.total_rows, counts), *findings]),
     )
 
 
@@ -200,8 +210,8 @@ def _shard_tasks(plan: BuildPlan, scattered: Sequence[Scattered]) -> list[ShardT
     ]
 
 
-def _verify(plan: BuildPlan, gathered: Sequence[Gathered], progress: Say) -> None:
-    """Raises DataError where a request key is in more than one bucket."""
+def _verify(plan: BuildPlan, gathered: Sequence[Gathered], progress: Say) -> Finding:
+    """The finding that no request key is in more than one bucket. Raises DataError where one is."""
     ranges = plan.key_ranges
     staged = {part.keys.name: (index, part.keys) for index, part in enumerate(gathered) if part.keys}
     pieces = pieces_of([keys for _, keys in staged.values()], ranges)
@@ -215,6 +225,9 @@ def _verify(plan: BuildPlan, gathered: Sequence[Gathered], progress: Say) -> Non
         for value, at_pieces in values
     ]
     refuse_repeated_keys(plan.data_set, plan.schema, repeated, [part.files for part in gathered])
+    requests = sum(file.requests for part in gathered for file in part.files)
+    keys = ", ".join(plan.schema.keys.request)
+    return Finding("request key of two users or days", keys, requests, "requests", 0, FAIL)
 
 
 # ---- accounting ----------------------------------------------------------------------------------
@@ -232,30 +245,11 @@ def _account(plan: BuildPlan, counts: dict[str, int], stations: dict[str, int]) 
     """Raises RooError unless every row that the footers list was counted, dealt, regrouped and written."""
     if plan.kind == "requests":
         stations["written"] = counts["requests"]
-    if len(set(stations.values())) > 1 or counts["impressions_read"] != counts["impressions"]:
+    accounted_for = counts["impressions"] + counts.get("dropped_impressions", 0)
+    if len(set(stations.values())) > 1 or counts["impressions_read"] != accounted_for:
         found = ", ".join(f"{number:,} {station}" for station, number in stations.items())
         raise RooError(
             f"rows were lost or doubled: {found} {plan.kind}; {counts['impressions_read']:,} impressions "
-            f"read, {counts['impressions']:,} written; nothing is published. If the source's files "
+            f"read, {accounted_for:,} written or dropped by rule; nothing is published. If the source's files "
             "changed during the build, run it again"
         )
-
-
-def _ledger(plan: BuildPlan, gathered: Sequence[Gathered]) -> dict[str, Any]:
-    sizes = add_sizes(result.sizes for result in gathered)
-    logged = plan.source.disk_bytes()
-    written = f"zstd level {plan.build.compression_level}"
-    if logged is None:
-        how = (
-            "the source has request rows, so impression-level disk bytes are those of the same rows exploded "
-            f"and written with the same codec ({written}), requests together"
-        )
-    else:
-        how = f"impression-level disk bytes are those of the source's Parquet files ({plan.source.codec})"
-        for name, size in logged.items():
-            sizes[name]["disk_bytes"]["impression"] = size
-    how += (
-        f"; request-level ones of the written shards ({written}). Compressed column bytes from the footers. "
-        "Elements are single values; memory is their plain Arrow size with 4-byte offsets"
-    )
-    return make_ledger(sizes, plan.schema, how)

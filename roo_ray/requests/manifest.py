@@ -59,8 +59,9 @@ class AsideRows(Strict):
 
 class Manifest(Strict):
     """A version of a data set. ``aside``: rows that are in no request, by reason, and their files. ``counts``:
-    what was read, written and kept aside, by name. ``ledger``: bytes
-    and elements per column, impression-level against request-level (see ``requests/ledger.py``)."""
+    what was read, written and kept aside, by name. ``ledger``: bytes and elements per column, impression-level
+    against request-level (``requests/ledger.py``). ``report``: the validation report of the build
+    (``requests/report.py``)."""
 
     format: int = FORMAT
     version: int
@@ -70,6 +71,7 @@ class Manifest(Strict):
     aside: dict[str, AsideRows] = Field(default_factory=dict)
     counts: dict[str, int] = Field(default_factory=dict)
     ledger: dict[str, Any] = Field(default_factory=dict)
+    report: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def requests(self) -> int:

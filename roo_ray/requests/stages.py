@@ -14,17 +14,19 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from roo_ray.config import Build
 from roo_ray.errors import DataError, RooError
-from roo_ray.requests.checks import check_requests
 from roo_ray.requests.compare import Ints, Mask
+from roo_ray.requests.examine import examine_requests
 from roo_ray.requests.exchange import Exchange, Shard, Survey, add_surveys, survey_rows
 from roo_ray.requests.grouping import NUM_IMPRESSIONS, group_parts, require_keys, share_copies
 from roo_ray.requests.hashing import Hashes, hash_array, hash_rows
-from roo_ray.requests.ledger import Sizes, add_sizes, exploded_disk_bytes, measure_requests
+from roo_ray.requests.ledger import Sizes, add_sizes, measure_bucket
 from roo_ray.requests.manifest import ShardFile
+from roo_ray.requests.report import FAIL, Finding, merge_findings, stops_writing
 from roo_ray.requests.shards import WriteOptions, write_options, write_shards, write_whole
 from roo_ray.requests.staging import BATCH_ROWS, Piece, Runs, StagingWriter, read_pieces, read_staged
 from roo_ray.requests.times import epoch_seconds, utc_days
@@ -37,6 +39,7 @@ from roo_ray.storage import open_filesystem
 COPY_OF = "_copy_of"
 ACCUMULATED = 2  # buckets' worth of request rows that are written together
 ASIDE = "aside"
+REFUSED = "REFUSED"
 
 
 @dataclass(frozen=True)
@@ -109,12 +112,12 @@ class Scattered:
 
 @dataclass(frozen=True)
 class Gathered:
-    """What one shard gave: ``rows`` read from staging, the files written, counts, the ledger's sizes, and where
-    the hashes of its request keys lie."""
+    """What one shard gave: ``rows`` read from staging, the files written, what the checks found, the ledger's
+    sizes, and where the hashes of its request keys lie."""
 
     rows: int
     files: list[ShardFile] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
     sizes: Sizes = field(default_factory=dict)
     keys: Runs | None = None
 
@@ -272,68 +275,76 @@ class ShardTask:
 
 
 def gather(plan: BuildPlan, task: ShardTask) -> Gathered:
-    """Groups, checks and writes a shard. Raises DataError where a check fails."""
+    """Groups, checks and writes a shard; nothing more is written once a check has failed."""
     result = Gathered(0)
     rows = size = 0
     waiting: list[pa.Table] = []
     hashes: list[Hashes] = []
     for number in range(len(task.copies)):
-        requests, taken, conflicts = _grouped(plan, task, number)
+        requests, taken, findings = _grouped(plan, task, number)
         rows += taken
         size += requests.nbytes
         waiting.append(requests)
         hashes.append(hash_rows(requests, plan.schema.keys.request))
-        result = replace(result, counts=_add(result.counts, conflicts))
+        result = replace(result, findings=merge_findings([result.findings, findings]))
         if size > ACCUMULATED * plan.build.bucket_bytes or number + 1 == len(task.copies):
             together = pa.concat_tables(waiting).combine_chunks()
             waiting, size = [], 0
             if together.num_rows:
-                result = _write(plan, task.shard, together, result)
+                result = _write(plan, task, together, result)
             del together
     keys = stage_hashes(plan.staging, task.index, np.concatenate(hashes), plan.key_ranges)
     return replace(result, rows=rows, keys=keys)
 
 
-def _grouped(plan: BuildPlan, task: ShardTask, number: int) -> tuple[pa.Table, int, dict[str, int]]:
-    """(request rows, rows read, conflicts) of one bucket."""
+def _grouped(plan: BuildPlan, task: ShardTask, number: int) -> tuple[pa.Table, int, list[Finding]]:
+    """(request rows, rows read, what was found of keys and conflicts) of one bucket."""
     types = plan.source.row_schema
     if task.impressions is None:
         table = pa.Table.from_batches(read_pieces(plan.staging, task.copies[number]), types)
         lengths, _ = list_parts(as_array(table.column(plan.schema.impression_columns[0])))
         requests = table.append_column(NUM_IMPRESSIONS, pa.array(lengths.astype(np.int32)))
-        return requests.select([*plan.schema.columns, NUM_IMPRESSIONS]), table.num_rows, {}
+        keys_known = Finding("null request key", ", ".join(plan.schema.keys.request), len(lengths), "requests", 0, FAIL)
+        return requests.select([*plan.schema.columns, NUM_IMPRESSIONS]), table.num_rows, [keys_known]
     copies = list(read_pieces(plan.staging, task.copies[number]))
     own = list(read_pieces(plan.staging, task.impressions[number]))
     before = np.cumsum([0, *(batch.num_rows for batch in copies)])[:-1]  # batches of the two go together
     copy_of = [np.asarray(batch.column(COPY_OF)).astype(np.int64) + at for batch, at in zip(own, before, strict=True)]
     shared = pa.Table.from_batches(copies, plan.copy_types)
     rest = pa.Table.from_batches(own, plan.own_types).drop_columns([COPY_OF])
-    requests, conflicts = group_parts(
+    requests, findings = group_parts(
         shared, rest, np.concatenate([np.zeros(0, np.int64), *copy_of]), plan.schema, plan.build.on_request_conflict
     )
-    return requests, rest.num_rows, {f"request_conflicts.{name}": number for name, number in conflicts.items()}
+    return requests, rest.num_rows, findings
 
 
-def _write(plan: BuildPlan, shard: Shard, requests: pa.Table, so_far: Gathered) -> Gathered:
+def _write(plan: BuildPlan, task: ShardTask, requests: pa.Table, so_far: Gathered) -> Gathered:
     """Checks, measures and writes request rows of a shard."""
-    counts = check_requests(requests, plan.schema)
-    sizes = measure_requests(requests, plan.schema)
-    exploded = exploded_disk_bytes(requests, plan.schema, plan.options) if plan.source.disk_bytes() is None else {}
-    for name, kinds in sizes.items():
-        kinds["disk_bytes"] = {"impression": exploded.get(name, 0), "request": 0}
+    requests, found = examine_requests(requests, plan.schema, plan.build)
+    findings = merge_findings([so_far.findings, found])
+    if _refused(plan, findings):
+        return replace(so_far, findings=findings)
+    assert plan.exchange is not None
+    shards = len(plan.exchange.shards)
+    sizes = measure_bucket(requests, plan.schema, plan.options, plan.build.ledger, task.index, shards)
     files = list(so_far.files)
     written = write_shards(
-        requests, plan.schema, plan.options, plan.data_set, plan.version, shard.number, plan.token, len(files)
+        requests, plan.schema, plan.options, plan.data_set, plan.version, task.shard.number, plan.token, len(files)
     )
     for file, column_bytes in written:
         files.append(file)
         for name, size in column_bytes.items():
             sizes[name]["disk_bytes"]["request"] += size
-    return replace(so_far, files=files, counts=_add(so_far.counts, counts), sizes=add_sizes([so_far.sizes, sizes]))
+    return replace(so_far, files=files, findings=findings, sizes=add_sizes([so_far.sizes, sizes]))
 
 
-def _add(left: dict[str, int], right: dict[str, int]) -> dict[str, int]:
-    return left | {name: left.get(name, 0) + number for name, number in right.items()}
+def _refused(plan: BuildPlan, findings: list[Finding]) -> bool:
+    """Whether a check failed here or in another task: what is left is then examined and not written."""
+    filesystem, staging = open_filesystem(plan.staging)
+    if stops_writing(findings):
+        filesystem.open_output_stream(f"{staging}/{REFUSED}").close()
+        return True
+    return bool(filesystem.get_file_info(f"{staging}/{REFUSED}").type != pafs.FileType.NotFound)
 
 
 def readable_failure(error: Exception, what: str) -> RooError:

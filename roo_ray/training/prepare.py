@@ -10,16 +10,19 @@ from roo_ray.errors import ConfigError
 from roo_ray.requests.join import build_requests
 from roo_ray.requests.ledger import ledger_metrics
 from roo_ray.requests.manifest import Manifest
+from roo_ray.requests.report import CheckFailed, report_json
 from roo_ray.sources.synthetic import generate
 from roo_ray.training.progress import Say
 from roo_ray.training.tracking import RunHandle, RunLogger, open_run
+
+REPORT = "validation_report.json"
 
 
 def prepare(config: Config, run_name: str, say: Say) -> tuple[Manifest, RunHandle]:
     """Builds the config's request data set from its source, in an MLflow run of its own.
 
-    Raises ConfigError where the config has no source, and BadInput where the data breaks a rule; nothing is
-    published then.
+    Raises ConfigError where the config has no source, and BadInput where the data breaks a rule (CheckFailed, with
+    the validation report, where a check failed); nothing is published then.
     """
     if config.source is None:
         raise ConfigError("the config has no 'source' section: there is nothing to build requests from")
@@ -33,7 +36,12 @@ def prepare(config: Config, run_name: str, say: Say) -> tuple[Manifest, RunHandl
         if isinstance(config.source, SyntheticSource):
             summary = generate(config.source, say)
             logger.json(summary.model_dump(mode="json"), "synthetic.json")
-        manifest = build_requests(config, say)
+        try:
+            manifest = build_requests(config, say)
+        except CheckFailed as refused:
+            logger.json(report_json(refused.findings), REPORT)
+            raise
+        logger.json(manifest.report, REPORT)
         logger.json(manifest.ledger, "ledger.json")
         logger.json(manifest.counts, "counts.json")
         logger.metrics({f"data/{name}": value for name, value in data_metrics(manifest).items()})

@@ -16,9 +16,10 @@ from roo_ray.requests.grouping import (
     explode_in_slices,
     explode_requests,
     group_impressions,
-    group_with_conflicts,
+    group_with_findings,
     request_row_schema,
 )
+from roo_ray.requests.report import counts_of
 from roo_ray.schema import parse_schema
 from tests.requests.tables import (
     TYPES,
@@ -113,8 +114,10 @@ def test_varying_request_columns_fail_or_are_settled(changes: dict[str, object],
     with pytest.raises(DataError, match=message):
         group_impressions(table, SCHEMA)
     for choice in ("first", "last"):
-        requests, conflicts = group_with_conflicts(table, SCHEMA, choice)
-        assert conflicts == {column: 1}
+        requests, findings = group_with_findings(table, SCHEMA, choice)
+        assert counts_of(findings) == {f"request_conflicts.{column}": 1}
+        settled = [finding for finding in findings if finding.found]
+        assert [(f.subject, f.looked_at, f.rule, f.status) for f in settled] == [(column, 2, choice, "repaired")]
         assert requests.column(column)[1].as_py() == request_row(7)[column]  # position 1 is neither
     first = conflicting(position=-1, **changes)
     assert group_impressions(first, SCHEMA, "first").column(column)[1].as_py() == changes[column]
@@ -124,7 +127,28 @@ def test_varying_request_columns_fail_or_are_settled(changes: dict[str, object],
 
 def test_equal_nans_do_not_conflict() -> None:
     rows = [impression_row(request_row(1, age=float("nan"), h_dwell=[float("nan")]), i) for i in range(3)]
-    assert group_with_conflicts(table_of(rows), SCHEMA)[1] == {}
+    assert {finding.status for finding in group_with_findings(table_of(rows), SCHEMA)[1]} == {"passed"}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.one_of(st.none(), st.integers(0, 3))), min_size=1, max_size=12))
+def test_max_time_takes_the_values_at_the_latest_impression(shown: list[tuple[int, int | None]]) -> None:
+    """Against a loop: the latest time, of equal ones the last position; null times come before all."""
+    schema = small_schema(lambda text: text.replace("position: position}", "position: position, impression_time: at}"))
+    rows = [
+        impression_row(request_row(6 + request), number, age=float(number)) | {"at": at}
+        for number, (request, at) in enumerate(shown)
+    ]
+    table = pa.Table.from_pylist(rows, TYPES.append(pa.field("at", pa.int64())))
+    requests, findings = group_with_findings(table, schema, "max_time")
+    for request in requests.to_pylist():
+        members = [row for row in rows if row["rid"] == request["rid"]]
+        assert (
+            request["age"] == max(members, key=lambda row: (-1 if row["at"] is None else row["at"], row["age"]))["age"]
+        )
+        assert request["at"] == [row["at"] for row in members]
+    several = sum(sum(row["rid"] == f"r{6 + n}" for row in rows) > 1 for n in range(3))
+    assert counts_of(findings).get("request_conflicts.age", 0) == several
 
 
 def test_two_users_in_a_request_are_always_an_error() -> None:
