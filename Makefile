@@ -26,8 +26,9 @@ check: $(STAMP)
 
 mlflow: $(STAMP)
 	mkdir -p "$${ROO_RAY_HOME:-$$HOME/.roo_ray}"
-	$(BIN)/mlflow ui --host 127.0.0.1 --port $(or $(PORT),5000) \
-	  --backend-store-uri "sqlite:///$${ROO_RAY_HOME:-$$HOME/.roo_ray}/mlflow.db"
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true \
+	  $(BIN)/mlflow ui --host 127.0.0.1 --port $(or $(PORT),5000) --workers 1 \
+	  --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$${ROO_RAY_HOME:-$$HOME/.roo_ray}/mlflow.db}"
 
 clean:
 	rm -rf $(VENV)

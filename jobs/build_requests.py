@@ -20,7 +20,7 @@ def main() -> None:
     say = make_say()
     run_name = config.run_name or f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
-        with session.connect(config.ray):
+        with session.connect(config.ray, say=say):
             manifest, run = prepare(config, run_name, say)
     except CheckFailed as refused:
         print_table("Validation report: refused, nothing is published", *report_table(report_json(refused.findings)))
@@ -34,8 +34,8 @@ def main() -> None:
         [
             *[[name.replace("_", " "), f"{count:,}"] for name, count in sorted(manifest.counts.items())],
             ["data set", f"{config.requests} (version {manifest.version})"],
-            ["MLflow", where_to_look(run)],
         ],
+        f"MLflow: {where_to_look(run)}",
     )
 
 

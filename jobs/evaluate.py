@@ -25,8 +25,9 @@ def main() -> None:
 
     checkpoint = find_checkpoint(config, options.checkpoint)
     run_name = f"{config.run_name or config.name}-evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
-    with session.connect(config.ray, config.training):
-        result = evaluate(config, checkpoint, run_name, make_say())
+    say = make_say()
+    with session.connect(config.ray, config.training, say):
+        result = evaluate(config, checkpoint, run_name, say)
     print_table(
         f"Evaluated {checkpoint}",
         ["", "held-out"],
@@ -35,8 +36,8 @@ def main() -> None:
             ["impressions", f"{result.metrics['eval/impressions']:,.0f}"],
             ["requests", f"{result.metrics['eval/requests']:,.0f}"],
             ["impressions/s", f"{result.metrics['eval/impressions_per_second']:,.0f}"],
-            ["MLflow", where_to_look(result.run)],
         ],
+        f"MLflow: {where_to_look(result.run)}",
     )
 
 

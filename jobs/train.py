@@ -12,7 +12,8 @@ from roo_ray.terminal import job_parser, print_table, read_config, run_job
 
 
 def main() -> None:
-    config = read_config(job_parser(__doc__).parse_args())
+    options = job_parser(__doc__).parse_args()
+    config = read_config(options)
 
     from roo_ray import session
     from roo_ray.requests.manifest import manifest_versions
@@ -24,10 +25,10 @@ def main() -> None:
 
     say = make_say()
     run_name = config.run_name or f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    with session.connect(config.ray, config.training):
+    with session.connect(config.ray, config.training, say):
         if not manifest_versions(config.requests) and config.source is not None:
             say(f"no request data set at {config.requests} yet: building it")
-            prepare(config, run_name, say)
+            prepare(config, run_name, say, job="train")
         elif config.source is not None:
             say(f"the request data set at {config.requests} is there; jobs/build_requests.py builds it anew")
         result = train(config, run_name, say)
@@ -40,9 +41,9 @@ def main() -> None:
             ["training requests/s", f"{result.metrics['epoch/requests_per_second']:,.0f}"],
             ["share of time waiting for data", f"{result.metrics['epoch/data_wait_share']:.1%}"],
             ["checkpoint", result.checkpoint],
-            ["MLflow", where_to_look(result.run)],
         ],
-        f"Next: python jobs/evaluate.py --config FILE --checkpoint {run_name}",
+        f"MLflow: {where_to_look(result.run)}\n"
+        f"Next: python jobs/evaluate.py --config {options.config} --checkpoint {run_name}",
     )
 
 

@@ -268,10 +268,11 @@ class Build(Strict):
 
 
 class Holdout(Strict):
-    """What is held out for evaluation: the last ``days`` days of the data, or, with ``by: request``, a
-    ``fraction`` of the requests chosen by a hash of the request key."""
+    """What is held out for evaluation: the last ``days`` days of the data; with ``by: request``, a ``fraction`` of
+    the requests chosen by a hash of the request key; with ``by: all``, all of it, for evaluating a model on a data
+    set that it was not trained on."""
 
-    by: Literal["day", "request"] = "day"
+    by: Literal["day", "request", "all"] = "day"
     days: int = Field(default=1, gt=0)
     fraction: float = Field(default=0.1, gt=0, lt=1)
 
@@ -358,8 +359,9 @@ class RaySettings(Strict):
 
 
 class Config(Strict):
-    """A job's config. ``requests``: the path of the request-shard data set (built, then trained on).
-    ``storage``: where runs and checkpoints go. ``run_name``: the same name resumes the same run."""
+    """A job's config. ``requests``: the path of the request-shard data set (built, then trained on);
+    ``requests_version``: of its versions, by default the newest. ``storage``: where runs and checkpoints go.
+    ``run_name``: the same name resumes the same run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
@@ -367,6 +369,7 @@ class Config(Strict):
     request_schema: Schema = Field(alias="schema")
     source: Source | None = None
     requests: DataPath
+    requests_version: int | None = Field(default=None, gt=0)
     storage: DataPath = Field(default="runs", validate_default=True)
     run_name: str | None = None
     build: Build = Build()
@@ -407,7 +410,10 @@ def _set_by_dots(content: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"override '{override}': '{parent}' is not a section")
         node = child
-    node[last] = yaml.safe_load(text)
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override '{override}': '{text}' is not a YAML value") from None
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -419,8 +425,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise ConfigError(f"config file not found: {path}")
     try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping")

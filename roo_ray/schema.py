@@ -152,7 +152,7 @@ class Label(Strict):
     drawn from, where the data is synthetic; evaluation then reports the Bayes optimum.
     """
 
-    name: str
+    name: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")  # it names metrics, click/ne
     column: str
     weight: float = Field(default=1.0, ge=0)
     oracle: str | None = None
@@ -211,6 +211,15 @@ class Schema(Strict):
                         f"feature '{feature.name}': fill_id {feature.fill_id} is outside table "
                         f"'{feature.table}' of {rows} rows"
                     )
+        answers = {x.column: f"label '{x.name}'" for x in self.labels}
+        answers |= {x.oracle: f"the oracle of label '{x.name}'" for x in self.labels if x.oracle}
+        for feature in self.features:
+            leaked = [column for column in feature.source_columns if column in answers]
+            if leaked:
+                raise ValueError(
+                    f"feature '{feature.name}' reads column '{leaked[0]}', which is {answers[leaked[0]]}: the model "
+                    "would be told the answer; take it out of the feature"
+                )
         both = sorted(set(self.request_columns) & set(self.impression_columns))
         if both:
             raise ValueError(f"columns are request-level and impression-level at once: {', '.join(both)}")
@@ -301,4 +310,7 @@ def load_schema(path: str | Path) -> Schema:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"schema file not found: {path}")
-    return parse_schema(path.read_text(), str(path))
+    try:
+        return parse_schema(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,20 +53,29 @@ from ray.data import DataContext  # noqa: E402
 
 
 @contextmanager
-def connect(settings: RaySettings, training: Training | None = None) -> Iterator[None]:
+def connect(
+    settings: RaySettings, training: Training | None = None, say: Callable[[str], None] = lambda line: None
+) -> Iterator[None]:
     """Joins the cluster at ``RAY_ADDRESS`` (a submitted job finds it set), or starts a local Ray on loopback
-    for the duration of the block, and checks that the trainers, if any, leave CPUs for Ray Data.
+    for the duration of the block, and checks that the trainers, if any, leave CPUs for Ray Data. ``say`` gets a
+    line before it begins.
 
     Raises ClusterError, before anything runs, where they do not fit.
     """
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     workers = training.workers if training else 0
+    say(f"joining the Ray cluster at {address}" if address else "starting Ray on this machine")
     if address:
         try:
             ray.init(address=address, **options)
-        except ConnectionError as error:
-            raise ClusterError(f"no Ray cluster at '{address}' ({error}); start one or unset RAY_ADDRESS") from None
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ClusterError(
+                f"no Ray cluster can be joined at '{address}' ({reason}); give the address of a head (HOST:6379, "
+                "or auto) in ray.address or RAY_ADDRESS, or unset it to run on this machine. From outside the "
+                "cluster, use ray job submit"
+            ) from None
     else:
         wanted = math.ceil(workers * settings.cpus_per_worker + max(settings.data_cpus, 2))
         ray.init(

@@ -32,6 +32,15 @@ def test_overrides_reach_sections_and_are_validated() -> None:
         load_config(ROOT / "configs/demo.yaml", ["model.heads=5"])
 
 
+def test_what_is_no_yaml_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"override 'training.epochs=\[': '\[' is not a YAML value"):
+        load_config(ROOT / "configs/demo.yaml", ["training.epochs=["])
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("name: \xe9".encode("latin-1"))
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(path)
+
+
 def test_more_workers_than_lanes_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"workers 5 is more than ingest\.lanes 4"):
         load_config(ROOT / "configs/demo.yaml", ["training.workers=5"])

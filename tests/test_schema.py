@@ -58,12 +58,15 @@ def test_digest_follows_content() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
+        ("labels.0.name", "feed/click", "labels.0.name"),
+        ("features.1.columns", "clicked", r"feature 'age' reads column 'clicked', which is label 'click'"),
+        ("labels.0.oracle", "age", r"feature 'age' reads column 'age', which is the oracle of label 'click'"),
         ("keys.requst", ["r"], r"keys\.requst: unknown key"),
         ("features.2.table", "nowhere", "feature 'item' reads table 'nowhere'"),
         ("features.0.level", "impression", "feature 'history': a sequence is request-level"),
         ("features.0.max_length", None, "feature 'history': a sequence needs 'max_length'"),
         ("features.1.name", "item", "given twice: item"),
-        ("features.1.columns", "clicked", "request-level and impression-level at once: clicked"),
+        ("features.1.columns", "item", "request-level and impression-level at once: item"),
         ("features.2.fill_id", 10, "fill_id 10 is outside table 'item' of 10 rows"),
         ("features.2.kind", "dense", "feature 'item': 'table' is for kind: ids"),
         ("features.1.name", "a.b", r"features\.1\.name"),

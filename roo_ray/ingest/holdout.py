@@ -26,16 +26,21 @@ _SURELY_NOT_EMPTY = 30
 
 
 def select_files(manifest: Manifest, holdout: Holdout, side: Side) -> list[ShardFile]:
-    """The files that a side reads, in the manifest's order; by request, both sides read all files.
+    """The files that a side reads, in the manifest's order; by request, both sides read all files. Evaluation takes
+    all days where there are no more than are held out.
 
-    Raises DataError where the split leaves a side without data.
+    Raises DataError where the split leaves nothing to train on.
     """
     if not manifest.requests:
         raise DataError(f"version {manifest.version} of the data set has no requests; build it from more data")
-    if holdout.by == "request":
+    if holdout.by == "all" and side == "train":
+        raise DataError("holdout.by=all holds everything out, which leaves nothing to train on; it is for evaluation")
+    if holdout.by != "day":
         return list(manifest.files)
     days = sorted({file.day for file in manifest.files if file.requests})
     if holdout.days >= len(days):
+        if side == "evaluation":
+            return list(manifest.files)
         raise DataError(
             f"the data has {len(days)} day(s) ({days[0]} to {days[-1]}), and holding out the last "
             f"{holdout.days} leaves nothing to train on; lower holdout.days, or set holdout.by=request"
@@ -46,19 +51,19 @@ def select_files(manifest: Manifest, holdout: Holdout, side: Side) -> list[Shard
 
 def rows_of_side(keys: Hashes, holdout: Holdout, side: Side) -> npt.NDArray[np.bool_] | None:
     """Which rows belong to a side: keys (N,) uint64 are request key hashes -> (N,) bool, None for all."""
-    if holdout.by == "day":
+    if holdout.by != "request":
         return None
     held_out: npt.NDArray[np.bool_] = mix64(keys ^ _SALT) < np.uint64(int(holdout.fraction * 2**64))
     return held_out if side == "evaluation" else ~held_out
 
 
-def check_sides(data_set: str, manifest: Manifest, schema: Schema, holdout: Holdout) -> None:
-    """Raises DataError where the training or the evaluation side would be empty.
+def check_sides(data_set: str, manifest: Manifest, schema: Schema, holdout: Holdout, side: Side = "train") -> None:
+    """Raises DataError where the side would be empty, and for training also where evaluation would.
 
     By request, reads the request keys only where the data is so small that a side may be empty by chance.
     """
-    files = select_files(manifest, holdout, "train")
-    if holdout.by == "day":
+    files = select_files(manifest, holdout, side)
+    if holdout.by != "request":
         return
     smaller = min(holdout.fraction, 1 - holdout.fraction)
     if manifest.requests * smaller >= _SURELY_NOT_EMPTY:
@@ -69,7 +74,7 @@ def check_sides(data_set: str, manifest: Manifest, schema: Schema, holdout: Hold
     held_out = rows_of_side(keys, holdout, "evaluation")
     assert held_out is not None
     for name, count in (("evaluate", held_out.sum()), ("train", len(held_out) - held_out.sum())):
-        if count == 0:
+        if count == 0 and (side == "train" or name == "evaluate"):
             raise DataError(
                 f"{data_set}: holdout.fraction={holdout.fraction} of {manifest.requests} requests leaves "
                 f"nothing to {name} on; change holdout.fraction or build from more data"

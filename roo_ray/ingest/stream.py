@@ -49,7 +49,7 @@ class StreamSettings:
     def plans(self) -> list[EpochPlan]:
         """The plan of each epoch. Raises DataError where there is no such data or a side would be empty."""
         manifest = load_manifest(self.data_set, self.version)
-        check_sides(self.data_set, manifest, self.schema, self.holdout)
+        check_sides(self.data_set, manifest, self.schema, self.holdout, self.side)
         units = units_of(select_files(manifest, self.holdout, self.side))
         return [
             plan_epoch(

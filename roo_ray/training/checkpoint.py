@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,6 @@ def open_checkpoint(path: str) -> ray.train.Checkpoint:
     return ray.train.Checkpoint(inner, filesystem=filesystem)
 
 
-def finite(metrics: dict[str, float]) -> dict[str, float | None]:
+def finite(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
     """The metrics with None for what JSON cannot hold (NaN, infinities)."""
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in metrics.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -19,11 +20,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from roo_ray import session
 from roo_ray.config import Config
 from roo_ray.errors import ConfigError, RooError
+from roo_ray.ingest.holdout import check_sides
 from roo_ray.ingest.plan import plan_inputs
 from roo_ray.requests.manifest import Manifest, load_manifest
 from roo_ray.schema import Schema
 from roo_ray.storage import open_filesystem
-from roo_ray.training.checkpoint import finite, open_checkpoint, read_state
+from roo_ray.training.checkpoint import STATE_FILE, RunState, finite, open_checkpoint, read_state
 from roo_ray.training.job import WorkerJob
 from roo_ray.training.prepare import data_metrics
 from roo_ray.training.progress import Say, progress_board
@@ -141,19 +143,26 @@ def train(config: Config, run_name: str, say: Say) -> TrainingResult:
     Raises BadInput (data, config, cluster) with one message; the MLflow run is then marked FAILED.
     """
     begin = time.perf_counter()
-    manifest = load_manifest(config.requests)
+    config = config.model_copy(update={"run_name": run_name})
+    manifest = load_manifest(config.requests, config.requests_version)
     check_schema_fits(config.request_schema, manifest, config.requests)
+    check_sides(config.requests, manifest, config.request_schema, config.holdout)
     plan = order_of_data(config, manifest)
-    refuse_another_order(config, run_name, plan)
+    refuse_another_run(config, run_name, plan)
     run = open_run(config.tracking, "train", run_name, session.alive_nodes(), reopen=True)
     logger = RunLogger(run)
     say(
         f"training '{run_name}' on version {manifest.version} of {config.requests}: {manifest.requests:,} requests, "
-        f"{manifest.impressions:,} impressions, {config.training.workers} workers, {config.ingest.lanes} lanes"
+        f"{manifest.impressions:,} impressions, {config.training.workers} workers, {config.ingest.lanes} lanes; "
+        "starting the workers"
     )
     succeeded = False
     try:
-        logger.params(config.model_dump(mode="json", exclude={"request_schema"}))
+        changed = logger.params(config.model_dump(mode="json", exclude={"request_schema"}))
+        if changed:  # a run's parameters cannot change in MLflow: what a resume has changed stands beside them
+            words = [f"{name}: {before} -> {now}" for name, (before, now) in sorted(changed.items())]
+            logger.tags({"changed_on_resume": "; ".join(words)})
+            say(f"resuming with other settings: {'; '.join(words)}")
         data = {"data_set": config.requests, "data_version": manifest.version, "data_digest": manifest.digest()}
         logger.tags(data)
         logger.text(config.request_schema.to_yaml(), "schema.yaml")
@@ -179,7 +188,8 @@ def train(config: Config, run_name: str, say: Say) -> TrainingResult:
         succeeded = True
     finally:
         logger.end(succeeded)
-    return TrainingResult(run_name, path, result.metrics, run, time.perf_counter() - begin)
+    metrics = {name: math.nan if value is None else value for name, value in result.metrics.items()}
+    return TrainingResult(run_name, path, metrics, run, time.perf_counter() - begin)
 
 
 def order_of_data(config: Config, manifest: Manifest) -> dict[str, Any]:
@@ -188,19 +198,32 @@ def order_of_data(config: Config, manifest: Manifest) -> dict[str, Any]:
     return plan_inputs(manifest, schema, config.ingest, config.holdout, "train", seed, "shuffled")
 
 
-def refuse_another_order(config: Config, run_name: str, plan: dict[str, Any]) -> None:
-    """Raises ConfigError where a run of this name exists whose data came in another order: it cannot go on."""
+def refuse_another_run(config: Config, run_name: str, plan: dict[str, Any]) -> None:
+    """Raises ConfigError where a run of this name has a checkpoint, and its model is another one or its data came in
+    another order: it cannot go on."""
     filesystem, base = open_filesystem(config.storage)
+    listing = filesystem.get_file_info(pafs.FileSelector(f"{base}/{run_name}", allow_not_found=True, recursive=True))
+    states = sorted(item.path for item in listing if os.path.basename(item.path) == STATE_FILE)
     path = f"{base}/{run_name}/{PLAN_FILE}"
-    if not filesystem.get_file_info(path).is_file:
+    if not states or not filesystem.get_file_info(path).is_file:
         return
+    with filesystem.open_input_stream(states[-1]) as stream:
+        model = RunState.model_validate_json(stream.read()).model
+    if model != config.model:
+        was, now = model.model_dump(mode="json"), config.model.model_dump(mode="json")
+        changed = [f"model.{name} was {was[name]} and is {now[name]}" for name in was if was[name] != now[name]]
+        raise ConfigError(
+            f"run '{run_name}' exists with another model: {'; '.join(changed)}; restore this, or choose another "
+            "run_name"
+        )
     with filesystem.open_input_stream(path) as stream:
         before = json.loads(stream.read())
     changed = [f"{name} was {before.get(name)} and is {plan[name]}" for name in plan if before.get(name) != plan[name]]
     if changed:
         raise ConfigError(
             f"run '{run_name}' exists and cannot go on, because its data would come in another order: "
-            f"{'; '.join(changed)}; restore this, or choose another run_name"
+            f"{'; '.join(changed)}; restore this (requests_version names a version of the data), or choose another "
+            "run_name"
         )
 
 
@@ -239,18 +262,20 @@ def find_checkpoint(config: Config, named: str) -> str:
 def evaluate(config: Config, checkpoint: str, run_name: str, say: Say) -> TrainingResult:
     """Scores a checkpoint on the held-out side of the data set, with the model and schema in the checkpoint."""
     begin = time.perf_counter()
-    manifest = load_manifest(config.requests)
+    manifest = load_manifest(config.requests, config.requests_version)
     with open_checkpoint(checkpoint).as_directory() as folder:
         state = read_state(folder)
     config = config.model_copy(update={"model": state.model, "request_schema": state.request_schema()})
     check_schema_fits(config.request_schema, manifest, config.requests)
     run = open_run(config.tracking, "evaluate", run_name, session.alive_nodes())
     logger = RunLogger(run)
-    say(f"evaluating {checkpoint}")
+    say(f"evaluating {checkpoint}; starting the workers")
     succeeded = False
     try:
         logger.params(config.model_dump(mode="json", exclude={"request_schema"}))
-        logger.tags({"checkpoint": checkpoint, "data_set": config.requests, "data_version": manifest.version})
+        data = {"data_set": config.requests, "data_version": manifest.version, "data_digest": manifest.digest()}
+        logger.tags({"checkpoint": checkpoint} | data)
+        logger.text(config.request_schema.to_yaml(), "schema.yaml")
         with progress_board(say) as board, readable_failures():
             job = make_job(config, manifest, "evaluate", run, board)
             make_trainer(replace(job, checkpoint=checkpoint), run_name).fit()
@@ -259,4 +284,7 @@ def evaluate(config: Config, checkpoint: str, run_name: str, say: Say) -> Traini
         succeeded = True
     finally:
         logger.end(succeeded)
+        filesystem, base = open_filesystem(config.storage)  # Ray's notes on the run; it has no checkpoint
+        if filesystem.get_file_info(f"{base}/{run_name}").type == pafs.FileType.Directory:
+            filesystem.delete_dir(f"{base}/{run_name}")
     return TrainingResult(run_name, checkpoint, metrics, run, time.perf_counter() - begin)

@@ -18,8 +18,9 @@ from roo_ray.training.tracking import RunHandle, RunLogger, open_run
 REPORT = "validation_report.json"
 
 
-def prepare(config: Config, run_name: str, say: Say) -> tuple[Manifest, RunHandle]:
-    """Builds the config's request data set from its source, in an MLflow run of its own.
+def prepare(config: Config, run_name: str, say: Say, job: str = "build") -> tuple[Manifest, RunHandle]:
+    """Builds the config's request data set from its source, in an MLflow run of its own; with another ``job``, in
+    the one that this job goes on with.
 
     Raises ConfigError where the config has no source, and BadInput where the data breaks a rule (CheckFailed, with
     the validation report, where a check failed); nothing is published then.
@@ -27,11 +28,12 @@ def prepare(config: Config, run_name: str, say: Say) -> tuple[Manifest, RunHandl
     if config.source is None:
         raise ConfigError("the config has no 'source' section: there is nothing to build requests from")
     begin = time.perf_counter()
-    run = open_run(config.tracking, "build", run_name, session.alive_nodes())
+    run = open_run(config.tracking, job, run_name, session.alive_nodes(), reopen=job != "build")
     logger = RunLogger(run)
     succeeded = False
     try:
-        logger.params(config.model_dump(mode="json", include={"name", "source", "requests", "build"}))
+        built = {"name", "source", "requests", "build"}
+        logger.params(config.model_copy(update={"run_name": run_name}).model_dump(mode="json", include=built))
         logger.text(config.request_schema.to_yaml(), "schema.yaml")
         if isinstance(config.source, SyntheticSource):
             summary = generate(config.source, say)

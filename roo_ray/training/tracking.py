@@ -10,11 +10,17 @@ import json
 import logging
 import math
 import os
+import platform
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
@@ -26,6 +32,7 @@ from roo_ray.errors import ClusterError, ConfigError
 RUN_KEY_TAG = "roo_ray.run"
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # its notes on creating tables
 MAX_PARAM_LENGTH = 6000
+SERVER_TIMEOUT_S = 10.0
 
 
 def default_uri() -> str:
@@ -66,6 +73,7 @@ def open_run(settings: Tracking, job: str, run_name: str, nodes: int, *, reopen:
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     key = f"{job}/{run_name}"
+    _require_server(uri)
     try:
         client = MlflowClient(uri)
         experiment = client.get_experiment_by_name(settings.experiment)
@@ -80,11 +88,40 @@ def open_run(settings: Tracking, job: str, run_name: str, nodes: int, *, reopen:
             run_id = found[0].info.run_id
             client.update_run(run_id, status="RUNNING")
         else:
-            tags = {RUN_KEY_TAG: key, "roo_ray.job": job}
+            tags = {RUN_KEY_TAG: key, "roo_ray.job": job} | software()
             run_id = client.create_run(experiment_id, run_name=run_name, tags=tags).info.run_id
     except MlflowException as error:
         raise ConfigError(f"MLflow store {uri}: {error}") from None
     return RunHandle(uri, run_id, experiment_id)
+
+
+def _require_server(uri: str) -> None:
+    """Raises ConfigError where no server listens at an http address; MLflow itself would try for minutes."""
+    address = urlsplit(uri)
+    if address.scheme not in ("http", "https") or not address.hostname:
+        return
+    try:
+        port = address.port or (443 if address.scheme == "https" else 80)
+        socket.create_connection((address.hostname, port), timeout=SERVER_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"no MLflow server answers at {uri} ({error}); start it, correct tracking.uri or MLFLOW_TRACKING_URI, or "
+            "set tracking.enabled=false"
+        ) from None
+
+
+def software() -> dict[str, str]:
+    """What the job runs on, as tags: versions, the code's commit where it is known, the job, the machine."""
+    names = ("roo-ray", "torch", "torchrec", "ray", "pyarrow", "mlflow-skinny")
+    installed = {distribution.metadata["Name"]: distribution.version for distribution in metadata.distributions()}
+    tags = {f"version.{name.removesuffix('-skinny')}": installed[name] for name in names if name in installed}
+    tags |= {"version.python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    tags["mlflow.source.name"] = os.path.basename(sys.argv[0])
+    root = Path(__file__).parents[2]
+    commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if commit.returncode == 0:
+        tags["mlflow.source.git.commit"] = commit.stdout.strip()
+    return tags
 
 
 def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -112,15 +149,17 @@ class RunLogger:
         self._pending: list[Any] = []
         self._last_step: dict[str, int] = {}
 
-    def params(self, content: Mapping[str, Any]) -> None:
-        """Logs nested parameters, flattened; a reopened run keeps what it has."""
+    def params(self, content: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+        """Logs nested parameters, flattened; a reopened run keeps what it has. Returns those that differ now: name
+        -> (as logged, now)."""
         if self._client is None:
-            return
+            return {}
         known = self._client.get_run(self._handle.run_id).data.params
-        flat = flatten(content)
-        new = [Param(k, v[:MAX_PARAM_LENGTH]) for k, v in flat.items() if k not in known]
+        flat = {name: value[:MAX_PARAM_LENGTH] for name, value in flatten(content).items()}
+        new = [Param(name, value) for name, value in flat.items() if name not in known]
         for start in range(0, len(new), 100):
             self._client.log_batch(self._handle.run_id, params=new[start : start + 100])
+        return {name: (known[name], value) for name, value in flat.items() if known.get(name, value) != value}
 
     def tags(self, content: Mapping[str, Any]) -> None:
         """Sets tags."""

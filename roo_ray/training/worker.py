@@ -7,6 +7,7 @@ without data takes part with a weightless dummy request.
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -130,7 +131,7 @@ class Worker:
         values = {f"eval/{name}": value for name, value in metrics.merge().compute().items()}
         for name, value in oracle.merge().compute().items():
             task, metric = name.split("/")
-            if metric in ("ne", "auc"):
+            if metric in ("ne", "auc") and math.isfinite(value):  # NaN without an oracle: there is no such figure
                 values[f"eval/{task}/bayes_{metric}"] = value
         values |= throughput.over_ranks(self.device, "eval")
         task = self.schema.labels[0].name

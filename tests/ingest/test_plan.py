@@ -221,3 +221,16 @@ def test_a_side_without_data_is_refused(tmp_path: Path) -> None:
         check_sides(str(tmp_path), manifest, schema, Holdout(by="request", fraction=0.001))
     with pytest.raises(DataError, match=r"fraction=0\.999 of 3 requests leaves nothing to train on"):
         check_sides(str(tmp_path), manifest, schema, Holdout(by="request", fraction=0.999))
+
+
+def test_evaluation_alone_needs_nothing_to_train_on(tmp_path: Path) -> None:
+    one_day = manifest_of_days("2024-01-01")
+    assert select_files(one_day, Holdout(days=1), "evaluation") == one_day.files
+    two_days = manifest_of_days("2024-01-01", "2024-01-02")
+    everything = Holdout(by="all")
+    assert select_files(two_days, everything, "evaluation") == two_days.files
+    assert rows_of_side(np.zeros(3, np.uint64), everything, "evaluation") is None
+    with pytest.raises(DataError, match=r"holdout\.by=all .* nothing to train on"):
+        select_files(two_days, everything, "train")
+    manifest = write_data_set(tmp_path, random_rows([1, 1, 1], 0), shard_maker.schema(), row_group=2)
+    check_sides(str(tmp_path), manifest, shard_maker.schema(), Holdout(by="request", fraction=0.999), "evaluation")

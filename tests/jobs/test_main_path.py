@@ -94,9 +94,13 @@ def test_resume_continues_the_curve(two_workers: tuple[Config, TrainingResult], 
     """One epoch, then the same run name again: the second epoch goes on, in the same MLflow run."""
     config, reference = two_workers
     half = train(small_config(folder, "training.epochs=1"), "resumed", quiet)
+    changes = "training.epochs: 1 -> 2"
     half_curve = curve(config, half)
     whole = train(config, "resumed", quiet)
     assert whole.run.run_id == half.run.run_id
+    tags = MlflowClient(config.tracking.uri).get_run(whole.run.run_id).data.tags
+    assert tags["changed_on_resume"] == changes
+    assert tags["version.torch"].startswith("2.")
     expected = curve(config, reference)
     assert 0 < len(half_curve) < len(expected)
     assert curve(config, whole) == pytest.approx(expected, rel=2e-4)
@@ -107,6 +111,8 @@ def test_another_order_is_refused_with_the_difference(two_workers: tuple[Config,
     config, result = two_workers
     with pytest.raises(ConfigError, match=r"run 'two-workers' exists .* seed was 0 and is 5; restore this"):
         train(small_config(folder, "training.seed=5"), "two-workers", quiet)
+    with pytest.raises(ConfigError, match=r"run 'two-workers' exists with another model: model.dim was 32 and is 64"):
+        train(small_config(folder, "model.dim=64"), "two-workers", quiet)
     assert MlflowClient(config.tracking.uri).get_run(result.run.run_id).info.status == "FINISHED"
 
 
@@ -120,6 +126,7 @@ def test_evaluation_of_a_checkpoint_gives_the_same_figures(
     for name in ("ne", "auc", "gauc", "calibration", "bayes_ne"):
         assert result.metrics[f"eval/click/{name}"] == pytest.approx(trained.metrics[f"eval/click/{name}"], rel=1e-5)
     assert result.run.run_id != trained.run.run_id
+    assert not (Path(config.storage) / "evaluated").exists()
 
 
 def test_truncated_shard_gives_one_error_naming_the_file(built: Manifest, folder: Path) -> None:
@@ -157,3 +164,8 @@ def test_real_data_end_to_end(local_ray: None, ebnerd_folder: Path, tmp_path: Pa
     assert trained + held_out == 1046
     assert result.metrics["epoch/impressions"] + result.metrics["eval/impressions"] == 10848
     assert result.metrics["eval/click/impressions"] == result.metrics["eval/impressions"]
+    assert "eval/click/bayes_ne" not in result.metrics  # nobody knows it
+    again = train(config.model_copy(update={"requests_version": 1}), "ebnerd", quiet)  # nothing is left to do
+    assert again.run == result.run
+    assert again.metrics == pytest.approx(result.metrics, nan_ok=True)
+    assert MlflowClient(config.tracking.uri).get_run(result.run.run_id).info.status == "FINISHED"

@@ -31,7 +31,7 @@ def test_run_is_written_and_reopened_by_name(store: Tracking, tmp_path: Path) ->
     assert open_run(store, "evaluate", "a", nodes=1, reopen=True).run_id != first.run_id
     assert open_run(store, "train", "a", nodes=1).run_id != first.run_id
     resumed = RunLogger(again)
-    resumed.params({"name": "y"})
+    assert resumed.params({"name": "y", "model": {"dim": 32}}) == {"name": ("x", "y")}
     for step in (1, 2, 3):  # 1 and 2 are replayed after a restart
         resumed.metrics({"train/loss": 0.1 * step}, step=step)
     resumed.end(True)
@@ -62,6 +62,11 @@ def test_tracking_off_does_nothing() -> None:
     logger.params({"a": 1})
     logger.metrics({"b": 1.0})
     logger.end(True)
+
+
+def test_a_server_that_is_down_is_named_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"no MLflow server answers at http://127.0.0.1:9 .*tracking.enabled=false"):
+        open_run(Tracking(uri="http://127.0.0.1:9"), "train", "a", nodes=1)
 
 
 def test_sqlite_on_several_nodes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
