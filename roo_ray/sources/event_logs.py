@@ -76,8 +76,10 @@ class EventLogs:
         return
 
     def counts(self) -> dict[str, int]:
-        """Nothing: what the join counts comes from ``assemble``."""
-        return {}
+        """``observed_until_seconds.<label>``: up to when its events are known, in whole seconds since 1970; what the
+        join counts comes from ``assemble``."""
+        until = self.rules.observed_until
+        return {f"observed_until_seconds.{label}": micros // 10**6 for label, micros in until.items()}
 
     def batches(self, unit: ReadUnit) -> Iterator[pa.Table]:
         """The unit's rows in tables of bounded size. Raises DataError that names the file: also for null keys and

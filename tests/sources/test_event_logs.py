@@ -240,6 +240,9 @@ def test_times_default_to_the_request_and_the_latest_event(tmp_path: Path) -> No
     assert result.rows.column("stayed").to_pylist() == [[0, 0], [0, 0]]
     assert result.counts["events_after_window.stayed"] == 1
     assert result.counts["open_windows.bought"] == 3
+    until = opened(tmp_path, logs, observed_until=None, impressions=impressions).counts()
+    assert until["observed_until_seconds.clicked"] == at(1850).timestamp()
+    assert until["observed_until_seconds.stayed"] == at(3700).timestamp()
     negative = opened(tmp_path, logs, observed_until=None, impressions=impressions, open_windows="negative")
     assert assemble(negative).rows.column("clicked").to_pylist() == [[0, 1], [0, 1]]
     (tmp_path / "empty").mkdir()
