@@ -334,7 +334,7 @@ def test_configs_that_contradict_themselves_or_the_schema(tmp_path: Path) -> Non
     refuse(r"event log 'clicks' is read by no label", labels={"stayed": labels["stayed"], "bought": labels["bought"]})
     refuse(r"'liked' is no label column of schema 'shop'", labels=labels | {"liked": labels["clicked"]})
     refuse(
-        r"value_column 'price_paid' must be",
+        r"value_column 'price_paid' must stand in carry",
         labels=labels | {"stayed": labels["stayed"] | {"value_column": "price_paid"}},
     )
     mapped = {"path": str(tmp_path / "impressions"), "time": "shown_at", "columns": {"age": "x"}}
