@@ -30,7 +30,7 @@ from roo_ray.sources.base import (
 )
 from roo_ray.sources.columns import as_array, is_list, list_parts, offsets_of
 from roo_ray.sources.positives import positives_to_labels
-from roo_ray.storage import open_filesystem
+from roo_ray.storage import join_path, open_filesystem
 
 USER = "user_id"
 INVIEW = "article_ids_inview"
@@ -137,8 +137,7 @@ def open_ebnerd(folder: str, schema: Schema) -> Ebnerd:
 
 
 def _footer(folder: str, name: str) -> ParquetInput:
-    path, mark, query = folder.partition("?")  # a URI's query names its endpoint
-    whole = f"{path.rstrip('/')}/{name}{mark}{query}"
+    whole = join_path(folder, name)
     filesystem, inner = open_filesystem(whole)
     if filesystem.get_file_info(inner).type != pafs.FileType.File:
         raise DataError(

@@ -76,8 +76,10 @@ class EventLogs:
         return
 
     def counts(self) -> dict[str, int]:
-        """Nothing: what the join counts comes from ``assemble``."""
-        return {}
+        """``observed_until_seconds.<label>``: up to when its events are known, in whole seconds since 1970; what the
+        join counts comes from ``assemble``."""
+        until = self.rules.observed_until
+        return {f"observed_until_seconds.{label}": micros // 10**6 for label, micros in until.items()}
 
     def batches(self, unit: ReadUnit) -> Iterator[pa.Table]:
         """The unit's rows in tables of bounded size. Raises DataError that names the file: also for null keys and
@@ -182,10 +184,10 @@ def _check_config(source: EventLogsSource, schema: Schema, impression_key: Seque
     made: dict[str, pa.DataType] = dict.fromkeys(source.labels, pa.int8())
     for rule in source.labels.values():
         if rule.value_column is not None:
-            if rule.value_column not in schema.impression_columns or rule.value_column in made:
+            if rule.value_column not in schema.carry.impression or rule.value_column in made:
                 raise ConfigError(
-                    f"source.labels: value_column '{rule.value_column}' must be an impression-level column of schema "
-                    f"'{schema.name}' (carry.impression), made by one label only"
+                    f"source.labels: value_column '{rule.value_column}' must stand in carry.impression of schema "
+                    f"'{schema.name}' (it is an outcome), and be made by one label only"
                 )
             made[rule.value_column] = pa.float64()
     for name in (EVENT_TIME, EVENT_VALUE, IMPRESSION_TIME):

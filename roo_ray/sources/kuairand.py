@@ -7,7 +7,7 @@ are joined to the impressions as they are read, user features where a user's row
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -247,6 +247,10 @@ def open_kuairand(source: KuairandSource, schema: Schema) -> Kuairand:
     if users is not None:
         units += text_units(users, "requests", USERS, len(units))
 
+    # what a bucket of users becomes is mostly histories: one per request, of some four impressions
+    in_history = sum(name.startswith(HISTORY) for name in schema.request_columns)
+    each = source.history_length * 8 * in_history // 4
+    units = [replace(unit, bytes=unit.bytes + unit.rows * (each if unit.log == IMPRESSIONS else 0)) for unit in units]
     kinds = dict.fromkeys(log_columns, pa.int64()) | {name: _kind(name, VIDEO_TEXTS) for name in video_columns}
     impression_types = list(kinds.items()) + ([(KNOWN, pa.bool_())] if videos is not None else [])
     user_types = {USER: pa.int64()} | {name: _kind(name, USER_TEXTS) for name in user_columns}

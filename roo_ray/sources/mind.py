@@ -8,7 +8,7 @@ publisher withholds it), its ``history`` the news that the user clicked before, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -191,7 +191,8 @@ def open_mind(source: MindSource, schema: Schema) -> Mind:
         found = text_units(file, "requests", BEHAVIORS, len(units))
         if not found:
             raise DataError(f"{file.path}: the file has no rows")
-        units += found
+        # in memory: the text as words, and a text per word for each feature of the news
+        units += [replace(unit, bytes=unit.bytes * (2 + len(wanted))) for unit in found]
     news = _read_news(source, wanted)
     row_schema = pa.schema([pa.field(name, kinds[name]) for name in schema.columns])
     return Mind(row_schema, units, files, news, news.num_rows)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from roo_ray.sources.columns import as_array, offsets_of
-from roo_ray.sources.compare import Ints, Mask, sort_codes
+from roo_ray.sources.compare import Ints, Mask, digest_rows, sort_codes
 from roo_ray.sources.keys import first_of_each, shared_ids
 
 USER, VIDEO, TAB, TIME_MS = "user_id", "video_id", "tab", "time_ms"
@@ -43,10 +43,7 @@ def derive_requests(table: pa.Table, rules: SessionRules) -> tuple[pa.Table, dic
     ``request_time`` is the time of the first impression; the history holds the user's impressions with a signal
     at times before it.
     """
-    scalar = [name for name in table.column_names if not pa.types.is_nested(table.schema.field(name).type)]
-    names = list(dict.fromkeys([USER, TIME_MS, TAB, VIDEO, *scalar]))
-    (ids,) = shared_ids([[sort_codes(table.column(name)) for name in names]])
-    rows, _ = first_of_each(ids, np.argsort(ids, kind="stable"))
+    rows = _distinct(table)
     log = table.take(pa.array(rows))
     user, time, tab = (np.asarray(log.column(name)) for name in (USER, TIME_MS, TAB))
     starts = _starts(user, time, tab, rules)
@@ -63,6 +60,23 @@ def derive_requests(table: pa.Table, rules: SessionRules) -> tuple[pa.Table, dic
         columns[name] = pa.ListArray.from_arrays(offsets, values)
     made = pa.table({name: columns[name] for name in (USER, *rules.request_columns, *rules.impression_columns)})
     return made, {"repeated_impressions": table.num_rows - len(rows)}
+
+
+def _distinct(table: pa.Table) -> Ints:
+    """The rows in order of user, time, tab and video, each once; what ties in these is told apart by the other
+    columns."""
+    (ids,) = shared_ids([[sort_codes(table.column(name)) for name in (USER, TIME_MS, TAB, VIDEO)]])
+    order = np.argsort(ids, kind="stable")
+    repeats = order[1:][ids[order[1:]] == ids[order[:-1]]]
+    if len(repeats):
+        tied = np.isin(ids, ids[repeats])
+        some = table.take(pa.array(np.flatnonzero(tied)))
+        digests = [digest_rows(some.column(name)).view(np.int64) for name in some.column_names]
+        within = np.zeros(len(ids), np.int64)
+        within[tied] = shared_ids([digests])[0]
+        (ids,) = shared_ids([[ids, within]])
+        order = np.argsort(ids, kind="stable")
+    return first_of_each(ids, order)[0]
 
 
 def _changes(*columns: Ints) -> Mask:

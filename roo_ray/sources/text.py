@@ -20,7 +20,7 @@ import pyarrow.fs as pafs
 from roo_ray.errors import DataError
 from roo_ray.sources.base import ReadUnit, RowKind
 from roo_ray.sources.columns import as_array
-from roo_ray.storage import open_filesystem
+from roo_ray.storage import join_path, open_filesystem
 
 UNIT_BYTES = 128_000_000
 BLOCK_BYTES = 16_000_000
@@ -50,12 +50,6 @@ class TextFile:
     line: int = 1
 
 
-def child(folder: str, name: str) -> str:
-    """``folder/name`` for local paths and URIs (whose query names an endpoint)."""
-    path, mark, query = folder.partition("?") if "://" in folder else (folder, "", "")
-    return f"{path.rstrip('/')}/{name}{mark}{query}"
-
-
 def find_files(folder: str, pattern: str, what: str) -> list[str]:
     """The names of the files in ``folder`` that match ``pattern``, sorted. Raises DataError where there is none."""
     filesystem, inner = open_filesystem(folder)
@@ -72,14 +66,14 @@ def find_files(folder: str, pattern: str, what: str) -> list[str]:
 
 def headless_file(folder: str, name: str, columns: Sequence[str], what: str) -> TextFile:
     """A tab-separated file without header, in which quotes are not special. Raises DataError where it is missing."""
-    root = child(folder, find_files(folder, name, what)[0])
+    root = join_path(folder, find_files(folder, name, what)[0])
     return TextFile(root, open_filesystem(root)[1], tuple(columns), "\t", False)
 
 
 def headed_file(folder: str, name: str) -> TextFile:
     """A comma-separated file whose first line names its columns. Raises DataError where that line is empty or names
     a column twice."""
-    root = child(folder, name)
+    root = join_path(folder, name)
     filesystem, path = open_filesystem(root)
     with filesystem.open_input_file(path) as file:
         start = file.read(HEADER_BYTES)

@@ -240,6 +240,9 @@ def test_times_default_to_the_request_and_the_latest_event(tmp_path: Path) -> No
     assert result.rows.column("stayed").to_pylist() == [[0, 0], [0, 0]]
     assert result.counts["events_after_window.stayed"] == 1
     assert result.counts["open_windows.bought"] == 3
+    until = opened(tmp_path, logs, observed_until=None, impressions=impressions).counts()
+    assert until["observed_until_seconds.clicked"] == at(1850).timestamp()
+    assert until["observed_until_seconds.stayed"] == at(3700).timestamp()
     negative = opened(tmp_path, logs, observed_until=None, impressions=impressions, open_windows="negative")
     assert assemble(negative).rows.column("clicked").to_pylist() == [[0, 1], [0, 1]]
     (tmp_path / "empty").mkdir()
@@ -331,7 +334,7 @@ def test_configs_that_contradict_themselves_or_the_schema(tmp_path: Path) -> Non
     refuse(r"event log 'clicks' is read by no label", labels={"stayed": labels["stayed"], "bought": labels["bought"]})
     refuse(r"'liked' is no label column of schema 'shop'", labels=labels | {"liked": labels["clicked"]})
     refuse(
-        r"value_column 'price_paid' must be",
+        r"value_column 'price_paid' must stand in carry",
         labels=labels | {"stayed": labels["stayed"] | {"value_column": "price_paid"}},
     )
     mapped = {"path": str(tmp_path / "impressions"), "time": "shown_at", "columns": {"age": "x"}}
@@ -339,3 +342,16 @@ def test_configs_that_contradict_themselves_or_the_schema(tmp_path: Path) -> Non
     keyless = parse_schema(SCHEMA.to_yaml().replace("  impression:\n  - item_id\n", ""))
     with pytest.raises(ConfigError, match=r"name it in keys\.impression"):
         open_source(source_of(tmp_path), keyless)
+
+
+def test_the_worked_example_of_the_documentation(tmp_path: Path) -> None:
+    logs = {
+        "requests": [request(1, 0)],
+        "impressions": [impression(1, 1, 0, 1), impression(1, 2, 1, 1), impression(1, 3, 2, 2400)],
+        "clicks": [click(1, 1, 20), click(1, 1, 20), click(1, 2, 1860), click(1, 9, 300)],
+    }
+    result = assemble(opened(tmp_path, logs, observed_until=at(3600)))
+    assert result.rows.column("item_id").to_pylist() == [["i1", "i2", "i3"]]
+    assert result.rows.column("clicked").to_pylist() == [[1, 0, None]]
+    names = ("repeated_events.clicks", "events_after_window.clicked", "open_windows.clicked")
+    assert [result.counts[name] for name in (*names, "events_without_impression.clicks")] == [1, 1, 1, 1]

@@ -80,6 +80,8 @@ def test_the_publishers_files(tmp_path: Path) -> None:
     assert result.counts == {"unknown_news_in_impressions": 1, "unknown_news_in_history": 1}
     assert source.counts() == {"news": 7}
     assert assemble(source, buckets=3, seed=1).rows.sort_by("impression_id").equals(result.rows)
+    by_uri = open_source(MindSource(kind="mind", path=[tmp_path.as_uri()]), SCHEMA)
+    assert assemble(by_uri).rows.equals(result.rows)  # type: ignore[arg-type]
 
 
 def test_quotes_are_text_and_every_column_of_the_news_is_offered(tmp_path: Path) -> None:
