@@ -86,6 +86,7 @@ class Build(Strict):
     larger request has one of its own. ``order`` of the rows of a file: ``user_time`` (compresses best) or
     ``time``. ``on_request_conflict``: what to do when a request-only column varies within a request: ``fail``,
     or keep the ``first`` / ``last`` value in impression order (counted in the manifest either way).
+    ``staging_compression`` of the files between the stages: ``auto`` is none on local disks, lz4 on object stores.
     ``keep_aside``: write the rows that join to no request under ``aside/`` (they are counted either way).
     """
 
@@ -98,6 +99,7 @@ class Build(Strict):
     order: Literal["user_time", "time"] = "user_time"
     compression_level: int = Field(default=3, ge=1, le=22)
     on_request_conflict: Literal["fail", "first", "last"] = "fail"
+    staging_compression: Literal["auto", "none", "lz4", "zstd"] = "auto"
     keep_aside: bool = True
 
 
