@@ -239,7 +239,8 @@ class Build(Strict):
     memory is a few times that, for each CPU. ``row_group_requests``, ``row_group_impressions``,
     ``row_group_bytes`` (in memory): a row group, the unit of reading, ends at whichever comes first; a single
     larger request has one of its own. ``order`` of the rows of a file: ``user_time`` (compresses best) or
-    ``time``. ``keep_aside``: write the rows that join to no request under ``aside/`` (they are counted either
+    ``time``. ``staging_compression`` of the files between the stages: ``auto`` is none on local disks, lz4 on object
+    stores. ``keep_aside``: write the rows that join to no request under ``aside/`` (they are counted either
     way). ``ledger``: whether the sizes of the impression-level form sorted by request are measured on all rows
     (``full``), on a sample of the shards (``sample``) or not at all (``off``).
 
@@ -259,6 +260,7 @@ class Build(Strict):
     row_group_bytes: int = Field(default=64_000_000, gt=0)
     order: Literal["user_time", "time"] = "user_time"
     compression_level: int = Field(default=3, ge=1, le=22)
+    staging_compression: Literal["auto", "none", "lz4", "zstd"] = "auto"
     keep_aside: bool = True
     on_request_conflict: Literal["fail", "first", "last", "max_time"] = "fail"
     on_duplicate_impression: Literal["fail", "drop"] = "fail"

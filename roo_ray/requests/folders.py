@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pyarrow.fs as pafs
 
 from roo_ray.errors import DataError
-from roo_ray.requests.manifest import Manifest, manifest_versions
+from roo_ray.requests.manifest import Manifest, load_manifest, manifest_versions
 from roo_ray.requests.shards import DATA, version_folder
 from roo_ray.requests.stages import ASIDE, aside_folder
 from roo_ray.storage import open_filesystem
@@ -84,3 +84,17 @@ def remove_strays(data_set: str, folders: list[str], manifest: Manifest) -> None
         for item in filesystem.get_file_info(selector):
             if item.type == pafs.FileType.File and item.path[len(base) :].lstrip("/") not in named:
                 filesystem.delete_file(item.path)
+
+
+def require_published(data_set: str, manifest: Manifest) -> None:
+    """Reads a manifest back where publishing has no atomic "only if absent" (object stores through pyarrow).
+
+    Raises DataError where another build's manifest stands under its name: that build has won, this one publishes
+    nothing. What remains: a build that looked before this one's put and puts after this check replaces it; both
+    sets of data files are whole then, and readers see the later one. One writer a data set avoids it.
+    """
+    if not is_local(data_set) and load_manifest(data_set, manifest.version) != manifest:
+        raise DataError(
+            f"{data_set}: version {manifest.version} was published by another writer at the same time; run the "
+            "build again"
+        )

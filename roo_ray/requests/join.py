@@ -15,7 +15,15 @@ from roo_ray.config import Config
 from roo_ray.errors import ConfigError, RooError
 from roo_ray.requests.checks import check_types
 from roo_ray.requests.exchange import add_surveys, plan_exchange
-from roo_ray.requests.folders import STAGING, is_local, only_writer, remove_folder, remove_if_empty, remove_strays
+from roo_ray.requests.folders import (
+    STAGING,
+    is_local,
+    only_writer,
+    remove_folder,
+    remove_if_empty,
+    remove_strays,
+    require_published,
+)
 from roo_ray.requests.ledger import build_ledger
 from roo_ray.requests.manifest import AsideRows, Manifest, publish_manifest
 from roo_ray.requests.report import FAIL, Finding, accounted, counts_of, merge_findings, report_json, require_passed
@@ -80,6 +88,7 @@ def build_requests(config: Config, progress: Say) -> Manifest:
             manifest = _run(plan, units, progress)
             remove_strays(config.requests, folders, manifest)
             publish_manifest(config.requests, manifest)
+            require_published(config.requests, manifest)
             published = True
         finally:
             remove_folder(filesystem, staging)

@@ -28,7 +28,7 @@ from roo_ray.requests.ledger import Sizes, add_sizes, measure_bucket
 from roo_ray.requests.manifest import ShardFile
 from roo_ray.requests.report import FAIL, Finding, merge_findings, stops_writing
 from roo_ray.requests.shards import WriteOptions, write_options, write_shards, write_whole
-from roo_ray.requests.staging import BATCH_ROWS, Piece, Runs, StagingWriter, read_pieces, read_staged
+from roo_ray.requests.staging import BATCH_ROWS, Codec, Piece, Runs, StagingWriter, read_pieces, read_staged
 from roo_ray.requests.times import epoch_seconds, utc_days
 from roo_ray.requests.uniqueness import ranges_for, stage_hashes
 from roo_ray.schema import Schema
@@ -57,6 +57,14 @@ class BuildPlan:
     token: str = ""
     exchange: Exchange | None = None
     requests_expected: float = 0.0
+
+    @property
+    def codec(self) -> Codec:
+        """How staging files are compressed."""
+        chosen = self.build.staging_compression
+        if chosen == "auto":
+            return None if isinstance(open_filesystem(self.staging)[0], pafs.LocalFileSystem) else "lz4"
+        return None if chosen == "none" else chosen
 
     @property
     def key_ranges(self) -> int:
@@ -141,7 +149,7 @@ def deal(plan: BuildPlan, unit: ReadUnit, buckets: int) -> Runs:
     """Deals the rows of a unit of one log to buckets by the log's keys. Raises DataError for null keys."""
     assert isinstance(plan.source, JoinedSource)
     log = plan.source.logs[unit.log]
-    with StagingWriter(plan.staging, f"log-{unit.index:06d}.arrow", log.schema) as writer:
+    with StagingWriter(plan.staging, f"log-{unit.index:06d}.arrow", log.schema, plan.codec) as writer:
         for table in plan.source.batches(unit):
             for name in log.keys:
                 if table.column(name).null_count:
@@ -173,7 +181,7 @@ def assemble(plan: BuildPlan, bucket: int, pieces: dict[str, list[Piece]]) -> As
         raise RooError(f"a joined source gave rows of {result.rows.schema}, not of {plan.source.row_schema}")
     name = f"joined-{bucket:06d}.arrow"
     surveys = []
-    with StagingWriter(plan.staging, name, plan.source.row_schema) as writer:
+    with StagingWriter(plan.staging, name, plan.source.row_schema, plan.codec) as writer:
         for at in range(0, result.rows.num_rows, BATCH_ROWS):
             part = result.rows.slice(at, BATCH_ROWS)
             writer.write(part, 0)
@@ -223,7 +231,7 @@ def scatter(plan: BuildPlan, unit: ReadUnit | Joined, number: int) -> Scattered:
     assert exchange is not None
     rows = impressions = 0
     if plan.kind == "requests":
-        with StagingWriter(plan.staging, f"rows-{number:06d}.arrow", types) as writer:
+        with StagingWriter(plan.staging, f"rows-{number:06d}.arrow", types, plan.codec) as writer:
             for table in _rows_of(plan, unit):
                 order, buckets, bounds, _ = _dealt(exchange, table, schema)
                 writer.write_sorted(table.take(pa.array(order)), buckets, bounds)
@@ -231,8 +239,8 @@ def scatter(plan: BuildPlan, unit: ReadUnit | Joined, number: int) -> Scattered:
                 impressions += int(list_parts(as_array(table.column(schema.impression_columns[0])))[0].sum())
             return Scattered(rows, impressions, writer.runs, None)
     with (
-        StagingWriter(plan.staging, f"copies-{number:06d}.arrow", plan.copy_types) as copies,
-        StagingWriter(plan.staging, f"impressions-{number:06d}.arrow", plan.own_types) as own,
+        StagingWriter(plan.staging, f"copies-{number:06d}.arrow", plan.copy_types, plan.codec) as copies,
+        StagingWriter(plan.staging, f"impressions-{number:06d}.arrow", plan.own_types, plan.codec) as own,
     ):
         for table in _rows_of(plan, unit):
             order, buckets, bounds, starts = _dealt(exchange, table, schema)
@@ -310,8 +318,9 @@ def _grouped(plan: BuildPlan, task: ShardTask, number: int) -> tuple[pa.Table, i
     own = list(read_pieces(plan.staging, task.impressions[number]))
     before = np.cumsum([0, *(batch.num_rows for batch in copies)])[:-1]  # batches of the two go together
     copy_of = [np.asarray(batch.column(COPY_OF)).astype(np.int64) + at for batch, at in zip(own, before, strict=True)]
-    shared = pa.Table.from_batches(copies, plan.copy_types)
-    rest = pa.Table.from_batches(own, plan.own_types).drop_columns([COPY_OF])
+    shared = pa.Table.from_batches(copies, plan.copy_types).combine_chunks()
+    rest = pa.Table.from_batches(own, plan.own_types).drop_columns([COPY_OF]).combine_chunks()
+    del copies, own
     requests, findings = group_parts(
         shared, rest, np.concatenate([np.zeros(0, np.int64), *copy_of]), plan.schema, plan.build.on_request_conflict
     )

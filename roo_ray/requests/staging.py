@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +21,8 @@ from roo_ray.errors import RooError
 from roo_ray.requests.compare import Ints
 from roo_ray.storage import open_filesystem
 
-CODEC = "lz4"
 BATCH_ROWS = 65_536
+Codec = Literal["lz4", "zstd"] | None
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,9 @@ def staged_path(staging: str, name: str) -> str:
 class StagingWriter:
     """Writes the staging file ``name``; it appears when the block ends without an error."""
 
-    def __init__(self, staging: str, name: str, schema: pa.Schema) -> None:
+    def __init__(self, staging: str, name: str, schema: pa.Schema, codec: Codec = None) -> None:
         self.filesystem, base = open_filesystem(staging)
+        self.codec = codec
         self.path = f"{base}/{name}"
         self.name = name
         self.schema = schema
@@ -72,7 +73,7 @@ class StagingWriter:
 
     def __enter__(self) -> StagingWriter:
         self.stream = self.filesystem.open_output_stream(self.target)
-        self.writer = ipc.new_file(self.stream, self.schema, options=ipc.IpcWriteOptions(compression=CODEC))
+        self.writer = ipc.new_file(self.stream, self.schema, options=ipc.IpcWriteOptions(compression=self.codec))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
@@ -110,23 +111,23 @@ def _missing(path: str) -> RooError:
 
 def read_pieces(staging: str, pieces: Sequence[Piece]) -> Iterator[pa.RecordBatch]:
     """The batches of the pieces, in order. Raises RooError where a file is not there."""
-    filesystem, base = open_filesystem(staging)
     for piece in pieces:
-        path = f"{base}/{piece.name}"
-        try:
-            with filesystem.open_input_file(path) as stream, ipc.open_file(stream) as reader:
-                for number in piece.batches:
-                    yield reader.get_batch(number)
-        except FileNotFoundError:
-            raise _missing(path) from None
+        yield from _batches(staging, piece.name, piece.batches)
 
 
 def read_staged(staging: str, name: str) -> Iterator[pa.RecordBatch]:
     """All batches of a staging file."""
+    yield from _batches(staging, name, None)
+
+
+def _batches(staging: str, name: str, numbers: Sequence[int] | None) -> Iterator[pa.RecordBatch]:
     filesystem, base = open_filesystem(staging)
+    path = f"{base}/{name}"
+    local = isinstance(filesystem, pafs.LocalFileSystem)  # mapped: the batches are pages of the file
     try:
-        with filesystem.open_input_file(f"{base}/{name}") as stream, ipc.open_file(stream) as reader:
-            for number in range(reader.num_record_batches):
-                yield reader.get_batch(number)
+        stream = pa.memory_map(path) if local else filesystem.open_input_file(path)
     except FileNotFoundError:
-        raise _missing(f"{base}/{name}") from None
+        raise _missing(path) from None
+    with stream, ipc.open_file(stream) as reader:
+        for number in range(reader.num_record_batches) if numbers is None else numbers:
+            yield reader.get_batch(number)

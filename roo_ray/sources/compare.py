@@ -6,6 +6,8 @@ Two nulls are equal here, and two NaNs are: what is compared is whether a log sa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -118,6 +120,7 @@ def _differing_lists(array: pa.Array, left: Ints, right: Ints) -> Mask:
     if array.null_count:
         differs |= _null_mask(array)[left] != _null_mask(array)[right]
     rows = np.flatnonzero(~differs & (left != right) & (lengths[left] > 0))
+    rows = rows[~_same_bytes(values, starts[left[rows]], starts[right[rows]], lengths[left[rows]])]
     sizes = lengths[left[rows]]
     ends = np.cumsum(sizes)
     begin = 0
@@ -131,6 +134,31 @@ def _differing_lists(array: pa.Array, left: Ints, right: Ints) -> Mask:
         differs[some] = np.logical_or.reduceat(differing_rows(values, index_left, index_right), first)
         begin = end
     return differs
+
+
+def _same_bytes(values: pa.Array, left: Ints, right: Ints, lengths: Ints) -> Mask:
+    """(N,) bool: whether the ``lengths`` values from positions ``left`` and from ``right`` have equal bytes, and so
+    are equal. False where that is not known: for text, nested and null values. Rows of one length are compared as
+    one block, which is many times faster than value by value."""
+    same = np.zeros(len(lengths), np.bool_)
+    kind = values.type
+    plain = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_temporal(kind)
+    if not plain or values.null_count or not len(lengths):
+        return same
+    width = kind.bit_width // 8
+    numbers = np.frombuffer(values.buffers()[1], f"u{width}")[values.offset :][: len(values)]
+    order = np.argsort(lengths, kind="stable")
+    ordered = lengths[order]
+    bounds = [*np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])).tolist(), len(order)]
+    for begin, end in pairwise(bounds):
+        length = int(ordered[begin])
+        shape = (len(numbers) - length + 1, length)
+        windows: npt.NDArray[Any] = np.ndarray(shape, numbers.dtype, numbers, strides=(width, width))
+        at_once = max(1, TOKENS_AT_ONCE // length)
+        for at in range(begin, end, at_once):
+            some = order[at : min(at + at_once, end)]
+            same[some] = (windows[left[some]] == windows[right[some]]).all(axis=1)
+    return same
 
 
 def same_as_previous(codes: Sequence[Ints], order: Ints) -> Mask:
