@@ -8,7 +8,6 @@ first offending request, its value, and what to do; what is legal but worth know
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +16,14 @@ import pyarrow.compute as pc
 
 from roo_ray.config import Build
 from roo_ray.requests.compare import Mask, same_as_previous, sort_codes
-from roo_ray.requests.grouping import NUM_IMPRESSIONS, describe_key, group_with_findings, require_keys, short
+from roo_ray.requests.grouping import NUM_IMPRESSIONS, group_with_findings, require_keys, short
+from roo_ray.requests.notes import BrokenRows, Leaves, Notes
 from roo_ray.requests.report import COUNT, FAIL, Finding, counts_of, require_passed
 from roo_ray.requests.times import Seconds, epoch_seconds
 from roo_ray.schema import Feature, Schema
 from roo_ray.schema import Table as IdTable
 from roo_ray.sources.base import RowKind
-from roo_ray.sources.columns import as_array, is_list, list_parts, offsets_of
+from roo_ray.sources.columns import as_array, list_parts, offsets_of
 
 
 def examine(table: pa.Table, schema: Schema, kind: RowKind, build: Build) -> tuple[pa.Table, list[Finding]]:
@@ -63,37 +63,9 @@ def check_requests(requests: pa.Table, schema: Schema, build: Build | None = Non
     table that does not hash, null events, leaking events, and too many empty histories.
     """
     require_keys(requests, schema)
-    examiner = _Examiner(requests, schema, build or Build())
-    examiner.run()
-    findings = list(examiner.findings.values())
+    _, findings = examine_requests(requests, schema, build or Build())
     require_passed(findings)
     return counts_of(findings)
-
-
-@dataclass(frozen=True)
-class _Leaves:
-    """The innermost values of a column, and the list lengths on the way to them, outermost first."""
-
-    values: pa.Array
-    levels: list[npt.NDArray[np.int64]]
-
-    @staticmethod
-    def of(array: pa.Array) -> _Leaves:
-        levels = []
-        while is_list(array.type):
-            lengths, array = list_parts(array)
-            levels.append(lengths)
-        return _Leaves(array, levels)
-
-    def row(self, position: int) -> int:
-        """The row that a value belongs to."""
-        for lengths in reversed(self.levels):
-            position = int(np.searchsorted(np.cumsum(lengths), position, side="right"))
-        return position
-
-
-class _Broken(Exception):
-    """The rows are too broken for the checks that would follow."""
 
 
 def _names(columns: Sequence[str]) -> str:
@@ -118,12 +90,10 @@ def keep_values(array: pa.Array, keep: Mask) -> pa.Array:
     return pa.ListArray.from_arrays(offsets_of(kept), values.filter(pa.array(keep)), type=array.type, mask=mask)
 
 
-class _Examiner:
+class _Examiner(Notes):
     def __init__(self, requests: pa.Table, schema: Schema, build: Build) -> None:
-        self.requests = requests
-        self.schema = schema
+        super().__init__(requests, schema)
         self.build = build
-        self.findings: dict[tuple[str, str], Finding] = {}
 
     def run(self) -> None:
         """All checks, or those up to one after which no other makes sense."""
@@ -144,89 +114,8 @@ class _Examiner:
             nulls = np.asarray(users.is_null())
             counts_as = ["null_users"] if nulls.any() else []
             self.rows("null user", self.schema.keys.user, nulls, "requests", COUNT, counts_as=counts_as)
-        except _Broken:
+        except BrokenRows:
             return
-
-    # ---- what was found ----------------------------------------------------------------------------
-
-    def array(self, name: str) -> pa.Array:
-        return as_array(self.requests.column(name))
-
-    def where(self, row: int) -> str:
-        return f"request {describe_key(self.requests, row, self.schema.keys.request)}"
-
-    def add(self, finding: Finding, needed: bool = False) -> bool:
-        """Keeps a finding; whether the check passed. Raises _Broken where it must pass for others to make sense."""
-        self.findings.setdefault((finding.check, finding.subject), finding)
-        if needed and finding.found:
-            raise _Broken
-        return finding.found == 0
-
-    def rows(
-        self,
-        check: str,
-        subject: str,
-        wrong: Mask,
-        of: str,
-        rule: str,
-        problem: str = "",
-        example: str = "",
-        needed: bool = False,
-        limit: float | None = None,
-        counts_as: Sequence[str] = (),
-    ) -> bool:
-        """A check of requests: ``wrong`` (requests,); ``{first}`` in ``problem`` is the first such request."""
-        found = int(wrong.sum())
-        first = self.where(int(np.flatnonzero(wrong)[0])) if found else ""
-        problem = problem.replace("{first}", first) if found else ""
-        finding = Finding(
-            check, subject, len(wrong), of, found, rule, example or first, problem, limit, tuple(counts_as)
-        )
-        return self.add(finding, needed)
-
-    def values(
-        self,
-        check: str,
-        name: str,
-        leaves: _Leaves,
-        wrong: Mask,
-        rule: str,
-        what: str,
-        advice: str,
-        subject: str = "",
-        needed: bool = False,
-        counts_as: Sequence[str] = (),
-    ) -> bool:
-        """A check of the values of a column: ``wrong`` (values,)."""
-        found = int(wrong.sum())
-        first = problem = ""
-        if found:
-            at = int(np.flatnonzero(wrong)[0])
-            first = f"{short(leaves.values[at].as_py())} in {self.where(leaves.row(at))}"
-            problem = f"column '{name}': {{found}} values {what} (first: {first}); {advice}"
-        finding = Finding(
-            check, subject or name, len(wrong), "values", found, rule, first, problem, counts_as=tuple(counts_as)
-        )
-        return self.add(finding, needed)
-
-    def aligned(self, names: Sequence[str], subject: str, what: str) -> npt.NDArray[np.int64] | None:
-        """The list lengths that all columns share; None where they differ."""
-        first = list_parts(self.array(names[0]))[0]
-        wrong = np.zeros(len(first), np.bool_)
-        example = ""
-        for name in names[1:]:
-            other = list_parts(self.array(name))[0]
-            unequal = first != other
-            if unequal.any() and not example:
-                row = int(np.flatnonzero(unequal)[0])
-                example = f"'{names[0]}' has {first[row]} and '{name}' {other[row]} in {self.where(row)}"
-            wrong |= unequal
-        problem = (
-            f"{what} have unequal lengths in {{found}} requests (first: {example}); they must have one value each per "
-            "element: correct the source"
-        )
-        equal = self.rows("unequal list lengths", subject, wrong, "requests", FAIL, problem, example)
-        return first if equal else None
 
     # ---- the checks --------------------------------------------------------------------------------
 
@@ -250,7 +139,7 @@ class _Examiner:
             self.rows("null list of impressions", name, nulls, "requests", FAIL, problem, needed=True)
         lengths = self.aligned(names, "impressions", "impression-level columns")
         if lengths is None:
-            raise _Broken
+            raise BrokenRows
         declared = np.asarray(self.requests.column(NUM_IMPRESSIONS)).astype(np.int64)
         wrong = lengths != declared
         row = int(np.flatnonzero(wrong)[0]) if wrong.any() else 0
@@ -311,7 +200,7 @@ class _Examiner:
 
     def times(self) -> Seconds:
         name = self.schema.keys.time
-        leaves = _Leaves.of(self.array(name))
+        leaves = Leaves.of(self.array(name))
         nulls = np.asarray(leaves.values.is_null())
         advice = "every request needs its time: correct the source"
         self.values("null request time", name, leaves, nulls, FAIL, "are null", advice, needed=True)
@@ -321,7 +210,7 @@ class _Examiner:
         several = len(self.schema.labels) > 1
         for label in self.schema.labels:
             name = label.column
-            leaves = _Leaves.of(self.array(name))
+            leaves = Leaves.of(self.array(name))
             known = np.asarray(leaves.values.is_valid())
             values = _floats(leaves.values)
             advice = "a label is 0 or 1, or null where it is unknown: correct the source"
@@ -334,7 +223,7 @@ class _Examiner:
 
     def dense(self, feature: Feature) -> None:
         for name in feature.columns:
-            leaves = _Leaves.of(self.array(name))
+            leaves = Leaves.of(self.array(name))
             values = _floats(leaves.values)
             rule = FAIL if feature.fill is None else "fill"
             advice = f"give feature '{feature.name}' a fill, or remove the nulls from the source"
@@ -344,7 +233,7 @@ class _Examiner:
 
     def ids(self, feature: Feature) -> None:
         name, table = feature.columns[0], self.schema.tables[str(feature.table)]
-        leaves = _Leaves.of(self.array(name))
+        leaves = Leaves.of(self.array(name))
         single = feature.pooling == "none"
         scalar = len(leaves.levels) == (0 if feature.level == "request" else 1)
         fails = (single and feature.fill_id is None) or not scalar
@@ -353,7 +242,7 @@ class _Examiner:
         self.values("null id", name, leaves, nulls, FAIL if fails else "fill", "are null", advice)
         self.in_table(name, leaves, table, str(feature.table))
 
-    def in_table(self, name: str, leaves: _Leaves, table: IdTable, table_name: str) -> None:
+    def in_table(self, name: str, leaves: Leaves, table: IdTable, table_name: str) -> None:
         values = leaves.values
         if table.hash or pa.types.is_null(values.type) or len(values) == 0:
             return
@@ -395,11 +284,11 @@ class _Examiner:
         )
         for column in feature.sequence:
             if column.table:
-                leaves = _Leaves.of(self.array(column.column))
+                leaves = Leaves.of(self.array(column.column))
                 self.no_nulls(column.column, "remove these events from the source")
                 self.in_table(column.column, leaves, self.schema.tables[column.table], column.table)
             else:
-                leaves = _Leaves.of(self.array(column.column))
+                leaves = Leaves.of(self.array(column.column))
                 values = _floats(leaves.values)
                 what = "are infinite as float32"
                 wrong = np.isinf(values)
@@ -412,7 +301,7 @@ class _Examiner:
         return [name, *([f"{name}.{feature.name}"] if len(self.schema.sequences) > 1 else [])]
 
     def no_nulls(self, name: str, advice: str) -> bool:
-        leaves = _Leaves.of(self.array(name))
+        leaves = Leaves.of(self.array(name))
         nulls = np.asarray(leaves.values.is_null())
         return self.values("null history event", name, leaves, nulls, FAIL, "are null", advice)
 
@@ -420,7 +309,7 @@ class _Examiner:
         self, feature: Feature, time: str, lengths: npt.NDArray[np.int64], request_times: Seconds
     ) -> npt.NDArray[np.int64]:
         """Events at or after their request's time; returns the lengths that are left."""
-        leaves = _Leaves.of(self.array(time))
+        leaves = Leaves.of(self.array(time))
         late = epoch_seconds(leaves.values, time) >= np.repeat(request_times, lengths)
         rule = self.build.on_leaking_history
         advice = (

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from roo_ray.config import Config
-from roo_ray.errors import ConfigError, RooError
+from roo_ray.errors import ConfigError, DataError, RooError
 from roo_ray.requests.checks import check_types
 from roo_ray.requests.exchange import add_surveys, plan_exchange
 from roo_ray.requests.folders import (
@@ -26,7 +26,16 @@ from roo_ray.requests.folders import (
 )
 from roo_ray.requests.ledger import build_ledger
 from roo_ray.requests.manifest import AsideRows, Manifest, publish_manifest
-from roo_ray.requests.report import FAIL, Finding, accounted, counts_of, merge_findings, report_json, require_passed
+from roo_ray.requests.report import (
+    FAIL,
+    CheckFailed,
+    Finding,
+    accounted,
+    counts_of,
+    merge_findings,
+    report_json,
+    require_passed,
+)
 from roo_ray.requests.shards import version_folder
 from roo_ray.requests.stages import (
     Assembly,
@@ -136,7 +145,7 @@ def _run(plan: BuildPlan, units: Sequence[ReadUnit], progress: Say) -> Manifest:
     gathered = run_tasks(plan, "writing", gather, [(task,) for task in _shard_tasks(plan, scattered)], progress)
     findings = merge_findings(result.findings for result in gathered)
     require_passed(findings)
-    findings.append(_verify(plan, gathered, progress))
+    findings.append(_verify(plan, gathered, findings, progress))
 
     shards = sorted((file for result in gathered for file in result.files), key=lambda file: file.path)
     counts["rows_read"] = rows if isinstance(plan.source, JoinedSource) else sum(part.rows for part in scattered)
@@ -219,8 +228,9 @@ def _shard_tasks(plan: BuildPlan, scattered: Sequence[Scattered]) -> list[ShardT
     ]
 
 
-def _verify(plan: BuildPlan, gathered: Sequence[Gathered], progress: Say) -> Finding:
-    """The finding that no request key is in more than one bucket. Raises DataError where one is."""
+def _verify(plan: BuildPlan, gathered: Sequence[Gathered], findings: Sequence[Finding], progress: Say) -> Finding:
+    """The finding that no request key is in more than one bucket. Raises CheckFailed, with all ``findings``, where
+    one is."""
     ranges = plan.key_ranges
     staged = {part.keys.name: (index, part.keys) for index, part in enumerate(gathered) if part.keys}
     pieces = pieces_of([keys for _, keys in staged.values()], ranges)
@@ -233,10 +243,15 @@ def _verify(plan: BuildPlan, gathered: Sequence[Gathered], progress: Say) -> Fin
         for some, values in zip(pieces, found, strict=True)
         for value, at_pieces in values
     ]
-    refuse_repeated_keys(plan.data_set, plan.schema, repeated, [part.files for part in gathered])
     requests = sum(file.requests for part in gathered for file in part.files)
     keys = ", ".join(plan.schema.keys.request)
-    return Finding("request key of two users or days", keys, requests, "requests", 0, FAIL)
+    unique = Finding("request key of two users or days", keys, requests, "requests", 0, FAIL)
+    try:
+        refuse_repeated_keys(plan.data_set, plan.schema, repeated, [part.files for part in gathered])
+    except DataError as error:
+        failed = replace(unique, found=1, problem=str(error))
+        raise CheckFailed(str(error), [failed, *findings]) from None
+    return unique
 
 
 # ---- accounting ----------------------------------------------------------------------------------

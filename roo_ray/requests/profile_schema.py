@@ -204,12 +204,8 @@ class _Draft:
             kind, level, use = self.kind(name), self.level(name), self.use.columns[name]
             of = len(self.use.starts) if level == "request" else self.rows.num_rows
             feature: dict[str, Any] = {"name": _word(name), "level": level}
-            if (
-                (LABEL.search(name.lower()) and level == "impression")
-                or pa.types.is_temporal(kind)
-                or pa.types.is_nested(kind)
-                or pa.types.is_null(kind)
-            ):  # an outcome of the impression, or close to one
+            outcome = level == "impression" and LABEL.search(name.lower())  # or close to one: no feature
+            if outcome or pa.types.is_temporal(kind) or pa.types.is_nested(kind) or pa.types.is_null(kind):
                 self.carry[level].append(name)
             elif self.is_id(name):
                 if level == "request" and use.distinct > 0.5 * of:  # names the request rather than a kind of it
