@@ -77,9 +77,8 @@ def _checked_ids(values: pa.Array, column: str, name: str, table: Table, where: 
     filled = pc.fill_null(values, pa.scalar(0, kind)) if values.null_count else values
     # unsigned 64-bit ids wrap to negative numbers, which the check below refuses
     rows: Integers = pc.cast(filled, pa.int64(), safe=False).to_numpy(zero_copy_only=False)
-    outside = (rows < 0) | (rows >= table.rows)
-    if outside.any():
-        at = _first(outside)
+    if rows.view(np.uint64).max(initial=0) >= table.rows:  # negative numbers are the largest then
+        at = _first((rows < 0) | (rows >= table.rows))
         raise DataError(
             f"column '{column}' has id {values[at].as_py()}, and table '{name}' has {table.rows} rows "
             f"(ids 0 to {table.rows - 1}), in {where(at)}; raise the table's rows or set hash: true"

@@ -1,16 +1,18 @@
 """The reading function: a window of row groups in, packed batches out. Pure Arrow and NumPy: no torch, no Ray.
 
-It runs in Ray Data tasks or in a thread of the trainer, with the same result to the bit. Requests are packed
-greedily, in order, up to the budget of impressions; a request above the budget is a batch of its own; packing
-never crosses a window, and nothing is dropped.
+It runs in Ray Data tasks or in a thread of the trainer, with the same result to the bit. Requests are packed in
+order up to the budgets (``budget.py``); packing never crosses a window, and nothing is dropped.
 
-A packed window is a table with a row per batch. Every column but the tags holds, per batch, the flat values of
-one tensor of ``RequestBatch``, so that a tensor is a view of a child buffer:
+A packed window is a table with a row per batch. Every column but the tags and the counts holds, per batch, the
+flat values of one tensor of ``RequestBatch``, so that a tensor is a view of a child buffer:
 
 ``epoch``, ``lane``, ``window``, ``batch``, ``batches``  tags, int64; ``batch`` counts from 0 to ``batches`` - 1
                                    in its window. A window without requests is one row, ``batch`` -1 of 0.
+``requests``, ``users``, ...       int64 counts of the batch (``diagnostics.STATS``); ``skipped_requests``: of
+                                   shards that could not be read, on a window's first row; ``cost`` float64
 ``num_impressions``, ``request_key``, ``user_key``       int64, B_RO values; ``request_time`` float64
 ``impression_index``                                     int64, B_NRO values
+``split``                          int64, B_RO values, only where requests may be split
 ``request_dense``, ``impression_dense``                  float32, rows x width values; only where width > 0
 ``ids:KEY``                        int64, KEY as in ``request_ids`` and ``impression_ids``
 ``lengths:NAME``                   int64: of the lists of a sequence or of a pooled id feature
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -29,39 +32,40 @@ import pyarrow as pa
 
 from roo_ray.config import Holdout
 from roo_ray.errors import DataError
+from roo_ray.ingest.budget import IMPRESSION_COST, Load, RequestCosts, batch_bounds, interleave, split_oversize
 from roo_ray.ingest.columns import Where, dense_of, ids_of, labels_of, oracle_of, seconds_of
+from roo_ray.ingest.diagnostics import STATS, negative_pairs, user_stats
 from roo_ray.ingest.holdout import rows_of_side
-from roo_ray.ingest.lists import Lists, split_lists
+from roo_ray.ingest.lists import Lists, ranges, split_lists
 from roo_ray.ingest.plan import Side, Window, permutation
-from roo_ray.ingest.read import NUM_IMPRESSIONS, columns_to_read, read_units
+from roo_ray.ingest.read import NUM_IMPRESSIONS
+from roo_ray.ingest.rows import read_requests
 from roo_ray.requests.hashing import hash_array, hash_rows
 from roo_ray.schema import Feature, Level, Schema
 
 Integers = npt.NDArray[np.int64]
 TAGS = ("epoch", "lane", "window", "batch", "batches")
+COUNTS = (*STATS, "skipped_requests", "cost")
 
 
 @dataclass(frozen=True)
 class PackSettings:
-    """What the reading function needs beside a window."""
+    """What the reading function needs beside a window; see ``config.Ingest``. ``cost``: coefficients of 1, t,
+    t squared, n and n t. ``form`` ``impression``: the same batches, every impression a request of its own, as
+    ``RequestBatch.explode`` gives them. ``impressions``: the data set is an impression table."""
 
     data_set: str
     schema: Schema
     holdout: Holdout
     side: Side
-    batch_impressions: int
-
-
-def batch_bounds(counts: Integers, budget: int) -> Integers:
-    """(batches + 1,) int64: the first request of each batch, and the end, when requests of ``counts`` (B,)
-    impressions are packed in order up to ``budget``; one above the budget is a batch of its own."""
-    ends = np.cumsum(counts)
-    bounds = [0]
-    while bounds[-1] < len(counts):
-        start = bounds[-1]
-        before = int(ends[start - 1]) if start else 0
-        bounds.append(max(int(np.searchsorted(ends, before + budget, side="right")), start + 1))
-    return np.array(bounds, np.int64)
+    batch_impressions: int | None
+    batch_cost: float | None = None
+    cost: tuple[float, ...] = IMPRESSION_COST
+    oversize: Literal["own", "split"] = "own"
+    interleave: int | None = None
+    on_bad_shard: Literal["fail", "skip"] = "fail"
+    form: Literal["request", "impression"] = "request"
+    impressions: bool = False
 
 
 def _at(lengths: Integers, bounds: Integers) -> Integers:
@@ -75,19 +79,61 @@ def _owners(lengths: Integers) -> Callable[[int], int]:
 
 
 class _WindowRows:
-    """The requests of a window in packed order: ``rows`` (B,) int64 are their rows in the table as read."""
+    """The requests of a window in packed order. ``rows`` (B,) int64: their rows in the table as read, a row twice
+    where its request is split; ``counts`` (B,): their impressions, from the ``first`` (B,) of the row's on;
+    ``bounds`` (batches + 1,): the first request of each batch."""
 
     def __init__(self, settings: PackSettings, window: Window) -> None:
         self.settings, self.window, self.schema = settings, window, settings.schema
-        self.table = read_units(settings.data_set, window.units, columns_to_read(self.schema))
+        read = read_requests(settings.data_set, window.units, self.schema, settings.on_bad_shard, settings.impressions)
+        self.table, self.units, self.skipped = read.table, read.units, read.skipped
         keys = hash_rows(self.table, self.schema.keys.request)
         mine = rows_of_side(keys, settings.holdout, settings.side)
         self.rows = np.arange(self.table.num_rows) if mine is None else np.flatnonzero(mine)
         if window.shuffle is not None:
             self.rows = self.rows[permutation(len(self.rows), window.shuffle)]
-        self.keys = keys[self.rows].view(np.int64)  # (B,)
-        self.counts = self._counts()  # (B,)
+        self.counts = self._counts()
+        if window.by_time:
+            times = seconds_of(self.values(self.schema.keys.time), self.schema.keys.time, self.where)
+            self._reorder(np.argsort(times, kind="stable"))
+        self.first = np.zeros(len(self.rows), np.int64)
+        self.mark: Integers | None = None
+        self._fill_batches()
+        self.keys = keys[self.rows].view(np.int64)
         self._aligned: tuple[Integers, Integers] | None = None
+
+    def _reorder(self, order: Integers) -> None:
+        self.rows, self.counts = self.rows[order], self.counts[order]
+
+    def _fill_batches(self) -> None:
+        """Splits what is to be split, and decides which requests make up which batch."""
+        settings, costs = self.settings, self._request_costs()
+        if settings.oversize == "split":
+            parts = split_oversize(self.counts, costs, settings.batch_impressions, settings.batch_cost)
+            self.rows, self.counts = self.rows[parts.request], parts.counts
+            self.first, self.mark, costs = parts.first, parts.mark, costs.take(parts.request)
+        cost = costs.at(self.counts)
+        loads: list[Load] = [(self.counts, settings.batch_impressions)] if settings.batch_impressions else []
+        loads += [(cost, settings.batch_cost)] if settings.batch_cost else []
+        self.users = hash_array(self.values(self.schema.keys.user)).view(np.int64)
+        if settings.interleave is None:
+            self.bounds = batch_bounds(loads, len(self.rows))
+        else:
+            order, self.bounds = interleave(self.users, loads, settings.interleave)
+            self._reorder(order)
+            self.first, self.users, cost = self.first[order], self.users[order], cost[order]
+            self.mark = None if self.mark is None else self.mark[order]
+        self.batch_costs = np.add.reduceat(cost, self.bounds[:-1]) if len(cost) else np.zeros(0)
+
+    def _request_costs(self) -> RequestCosts:
+        """The costs of the requests; reads the lengths of histories only where they cost anything."""
+        tokens, squares = np.zeros((2, len(self.rows)), np.int64)
+        if any(self.settings.cost[i] for i in (1, 2, 4)):
+            for feature in self.schema.sequences:
+                lengths = self.lists(feature.source_columns[0]).lengths[self.rows]
+                kept = np.minimum(lengths, feature.max_length or 0)
+                tokens, squares = tokens + kept, squares + kept * kept
+        return RequestCosts.of(self.settings.cost, tokens, squares)
 
     def column(self, name: str) -> pa.Array:
         """A column as read, as one array."""
@@ -103,12 +149,13 @@ class _WindowRows:
 
     def where(self, request: int) -> str:
         """Names a request, by its place in packed order, and its file: for error messages."""
-        if not len(self.rows):
-            return self.settings.data_set
-        row = int(self.rows[request])
+        return self.where_row(int(self.rows[request])) if len(self.rows) else self.settings.data_set
+
+    def where_row(self, row: int) -> str:
+        """Names the request in a row of the table as read."""
         key = ", ".join(f"{name}={self.table.column(name)[row]}" for name in self.schema.keys.request)
-        ends = np.cumsum([unit.requests for unit in self.window.units])
-        path = self.window.units[int(np.searchsorted(ends, row, side="right"))].path
+        ends = np.cumsum([unit.requests for unit in self.units])
+        path = self.units[int(np.searchsorted(ends, row, side="right"))].path
         return f"request {key} of {self.settings.data_set}/{path}"
 
     def _counts(self) -> Integers:
@@ -136,7 +183,7 @@ class _WindowRows:
     def _index(self, lists: Lists) -> Integers:
         """(B_NRO,) int64 into the flat values; aligned columns, whose lists lie alike, share one index."""
         if self._aligned is None or not np.array_equal(self._aligned[0], lists.starts):
-            self._aligned = (lists.starts, lists.select(self.rows).index)
+            self._aligned = (lists.starts, ranges(lists.starts[self.rows] + self.first, self.counts))
         return self._aligned[1]
 
     def impressions(self, name: str) -> tuple[pa.Array, Integers]:
@@ -145,13 +192,13 @@ class _WindowRows:
         Raises DataError where a request's list is not as long as its number of impressions.
         """
         lists = self.lists(name)
-        lengths = lists.lengths[self.rows]
-        wrong = lengths != self.counts
+        wanted = np.asarray(self.column(NUM_IMPRESSIONS).fill_null(0)).astype(np.int64)
+        wrong = (lists.lengths != wanted)[self.rows]
         if wrong.any():
-            at = int(np.argmax(wrong))
+            row = int(self.rows[np.argmax(wrong)])
             raise DataError(
-                f"column '{name}' has {lengths[at]} values for {self.counts[at]} impressions in "
-                f"{self.where(at)}; build the data set again"
+                f"column '{name}' has {lists.lengths[row]} values for {wanted[row]} impressions in "
+                f"{self.where_row(row)}; build the data set again"
             )
         return lists.values, self._index(lists)
 
@@ -170,13 +217,27 @@ def _take(values: pa.Array, index: Integers) -> pa.Array:
 
 
 class _Packer:
-    """Collects the columns of a packed window."""
+    """Collects the columns of a packed window. ``user_rows``: the rows of the table as read that request-level
+    values come from: a row per request, or per impression in the impression-level form."""
 
-    def __init__(self, rows: _WindowRows, bounds: Integers) -> None:
+    def __init__(self, rows: _WindowRows) -> None:
         self.rows, self.schema = rows, rows.schema
-        self.of_requests = bounds  # (batches + 1,) first request of each batch
-        self.of_impressions = _at(rows.counts, bounds)  # (batches + 1,)
+        bounds = rows.bounds if len(rows.bounds) > 1 else np.zeros(2, np.int64)  # one row with empty lists
+        self.of_impressions = _at(rows.counts, bounds)  # (batches + 1,) first impression of each batch
+        self.exploded = rows.settings.form == "impression"
+        # (batches + 1,) where request-level values of each batch begin
+        self.of_requests = self.of_impressions if self.exploded else bounds
+        self.user_rows = self.per_user(rows.rows)
         self.columns: dict[str, pa.Array] = {}
+        self.items: Integers | None = None
+
+    def per_user(self, values: Integers) -> Integers:
+        """Values (B,) of requests as the form of the batch has them."""
+        return np.repeat(values, self.rows.counts) if self.exploded else values
+
+    def where_user(self, place: int) -> str:
+        """Names the request of a request-level value."""
+        return self.rows.where_row(int(self.user_rows[place])) if len(self.user_rows) else self.rows.where(0)
 
     def add(self, name: str, values: npt.NDArray[np.generic], bounds: Integers) -> None:
         """Adds a column: values (T, ...) of all batches, cut at ``bounds`` (batches + 1,) of their rows."""
@@ -189,9 +250,9 @@ class _Packer:
         parts = []
         for feature in self.schema.select(level, "dense"):
             for name in feature.columns:
-                where: Where = self.rows.where
+                where: Where = self.where_user
                 if level == "request":
-                    values = self.rows.values(name)
+                    values = _take(self.rows.column(name), self.user_rows)
                 else:
                     values, where = _take(*self.rows.impressions(name)), self.rows.where_impression
                 parts.append(dense_of(values, name, where, feature.fill, feature.scale))
@@ -206,7 +267,7 @@ class _Packer:
         table = self.schema.tables[feature.table]
         where: Where
         if feature.level == "request":
-            stored, index, bounds, where = rows.column(name), rows.rows, self.of_requests, rows.where
+            stored, index, bounds, where = rows.column(name), self.user_rows, self.of_requests, self.where_user
         else:
             stored, index = rows.impressions(name)
             bounds, where = self.of_impressions, rows.where_impression
@@ -218,6 +279,8 @@ class _Packer:
                 )
             values = ids_of(_take(stored, index), name, feature.table, table, where, feature.fill_id)
             self.add(f"ids:{feature.name}", values, bounds)
+            if feature.level == "impression" and self.items is None:
+                self.items = values
             return
         try:
             bags = split_lists(stored)
@@ -232,26 +295,26 @@ class _Packer:
     def sequence(self, feature: Feature) -> None:
         """An event sequence: aligned columns, cut to the last ``max_length`` events."""
         rows = self.rows
-        lengths = rows.lists(feature.source_columns[0]).lengths[rows.rows]
+        lengths = rows.lists(feature.source_columns[0]).lengths[self.user_rows]
         cut: tuple[Integers, Integers] | None = None  # the starts of lists, and the index that they give
 
         def events(name: str) -> pa.Array:
             nonlocal cut
             lists = rows.lists(name)
-            own = lists.lengths[rows.rows]
+            own = lists.lengths[self.user_rows]
             if (own != lengths).any():
                 at = int(np.argmax(own != lengths))
                 raise DataError(
                     f"sequence '{feature.name}': column '{name}' has {own[at]} events and "
-                    f"'{feature.source_columns[0]}' {lengths[at]} in {rows.where(at)}; the columns "
+                    f"'{feature.source_columns[0]}' {lengths[at]} in {self.where_user(at)}; the columns "
                     "of a sequence must be aligned"
                 )
             if cut is None or not np.array_equal(cut[0], lists.starts):
-                cut = (lists.starts, lists.select(rows.rows, last=feature.max_length).index)
+                cut = (lists.starts, lists.select(self.user_rows, last=feature.max_length).index)
             return _take(lists.values, cut[1])
 
         kept = np.minimum(lengths, feature.max_length or 0)
-        bounds, where = _at(kept, self.of_requests), rows.where_element(kept, rows.where)
+        bounds, where = _at(kept, self.of_requests), rows.where_element(kept, self.where_user)
         self.add(f"lengths:{feature.name}", kept, self.of_requests)
         for event in feature.sequence_ids:
             assert event.table is not None
@@ -287,14 +350,14 @@ class _Packer:
     def pack(self) -> dict[str, pa.Array]:
         """All columns but the tags."""
         rows, keys = self.rows, self.schema.keys
-        starts = np.cumsum(rows.counts) - rows.counts
-        index = np.arange(int(rows.counts.sum())) - np.repeat(starts, rows.counts)
-        users = hash_array(rows.values(keys.user)).view(np.int64)
-        self.add("num_impressions", rows.counts, self.of_requests)
-        self.add("request_key", rows.keys, self.of_requests)
-        self.add("user_key", users, self.of_requests)
-        self.add("request_time", seconds_of(rows.values(keys.time), keys.time, rows.where), self.of_requests)
-        self.add("impression_index", index, self.of_impressions)
+        self.add("num_impressions", np.ones_like(self.user_rows) if self.exploded else rows.counts, self.of_requests)
+        self.add("request_key", self.per_user(rows.keys), self.of_requests)
+        self.add("user_key", self.per_user(rows.users), self.of_requests)
+        times = seconds_of(_take(rows.column(keys.time), self.user_rows), keys.time, self.where_user)
+        self.add("request_time", times, self.of_requests)
+        self.add("impression_index", ranges(rows.first, rows.counts), self.of_impressions)
+        if rows.mark is not None:
+            self.add("split", self.per_user(rows.mark), self.of_requests)
         self.dense("request")
         self.dense("impression")
         for feature in self.schema.features:
@@ -303,7 +366,27 @@ class _Packer:
             elif feature.kind == "sequence":
                 self.sequence(feature)
         self.labels()
-        return self.columns
+        return self.counts() | self.columns
+
+    def counts(self) -> dict[str, pa.Array]:
+        """The counts of each batch, for metrics."""
+        rows, batches = self.rows, len(self.of_impressions) - 1
+        counted = dict.fromkeys(STATS, np.zeros(batches, np.int64))
+        cost, skipped = np.zeros(batches), np.zeros(batches, np.int64)
+        skipped[0] = rows.skipped
+        if len(rows.rows):
+            cost = rows.batch_costs
+            whole = np.ones(len(rows.rows), np.int64) if rows.mark is None else (rows.mark < 2).astype(np.int64)
+            counted["requests"] = np.add.reduceat(whole, rows.bounds[:-1])
+            counted["users"], counted["crowded"] = user_stats(rows.bounds, rows.users, rows.settings.interleave)
+            if self.items is not None:
+                positive = np.flatnonzero(self.columns["labels"].values.to_numpy()[:: len(self.schema.labels)])
+                batch = np.searchsorted(self.of_impressions, positive, side="right") - 1
+                users = rows.users[np.searchsorted(np.cumsum(rows.counts), positive, side="right")]
+                pairs = negative_pairs(batch, users, self.items[positive], batches)
+                counted["negative_pairs"], counted["false_pairs"] = pairs
+        named = counted | {"skipped_requests": skipped, "cost": cost}
+        return {name: pa.array(values) for name, values in named.items()}
 
 
 def _tags(window: Window, batches: int) -> dict[str, pa.Array]:
@@ -324,8 +407,4 @@ def pack_window(settings: PackSettings, window: Window) -> pa.Table:
     Raises DataError that names the file, and for a wrong value the column and the request.
     """
     rows = _WindowRows(settings, window)
-    bounds = batch_bounds(rows.counts, settings.batch_impressions)
-    batches = len(bounds) - 1
-    if not batches:
-        bounds = np.zeros(2, np.int64)  # one row with empty lists
-    return pa.table(_tags(window, batches) | _Packer(rows, bounds).pack())
+    return pa.table(_tags(window, len(rows.bounds) - 1) | _Packer(rows).pack())

@@ -25,6 +25,10 @@ def columns_to_read(schema: Schema) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+class BadShard(DataError):
+    """A file that is missing, damaged, or not what the manifest says."""
+
+
 class UnitReader:
     """Reads units of one data set; keeps the last file open, as units of a window are often neighbours."""
 
@@ -56,15 +60,15 @@ class UnitReader:
                     "the data set was built with, or build it again with this one"
                 )
             if unit.row_group >= file.metadata.num_row_groups:
-                raise DataError(f"{name} has no row group {unit.row_group}, which the manifest lists; {rebuild}")
+                raise BadShard(f"{name} has no row group {unit.row_group}, which the manifest lists; {rebuild}")
             table = file.read_row_group(unit.row_group, columns=self.columns, use_threads=False)
         except FileNotFoundError:
-            raise DataError(f"{name} is missing; {rebuild}") from None
+            raise BadShard(f"{name} is missing; {rebuild}") from None
         except (OSError, pa.ArrowException) as error:
             reason = " ".join(str(error).split())[:200]
-            raise DataError(f"{name} cannot be read, it is truncated or damaged ({reason}); {rebuild}") from None
+            raise BadShard(f"{name} cannot be read, it is truncated or damaged ({reason}); {rebuild}") from None
         if table.num_rows != unit.requests:
-            raise DataError(
+            raise BadShard(
                 f"{name}, row group {unit.row_group}: {table.num_rows} requests, the manifest says "
                 f"{unit.requests}; {rebuild}"
             )
@@ -75,7 +79,11 @@ def read_units(data_set: str, units: Iterable[UnitRef], columns: Sequence[str]) 
     """The rows of several units, one after the other, as one table. At least one unit."""
     reader = UnitReader(data_set, columns)
     units = list(units)
-    tables = [reader.read(unit) for unit in units]
+    return join_units(data_set, [reader.read(unit) for unit in units], units)
+
+
+def join_units(data_set: str, tables: Sequence[pa.Table], units: Sequence[UnitRef]) -> pa.Table:
+    """The tables of units, one after the other. Raises DataError where their types do not fit each other."""
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:

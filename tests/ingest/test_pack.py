@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from roo_ray.config import Holdout
 from roo_ray.errors import DataError
 from roo_ray.ingest.batch import RequestBatch
-from roo_ray.ingest.pack import PackSettings, batch_bounds, pack_window
+from roo_ray.ingest.budget import batch_bounds
+from roo_ray.ingest.pack import PackSettings, pack_window
 from roo_ray.ingest.plan import Side, Window, units_of
 from roo_ray.ingest.tensors import PackedBatches
 from roo_ray.requests.manifest import Manifest
@@ -61,7 +62,7 @@ def greedy(sizes: list[int], budget: int) -> list[int]:
 
 @given(st.lists(st.integers(1, 30), max_size=40), st.integers(1, 40))
 def test_batch_bounds_are_greedy(sizes: list[int], budget: int) -> None:
-    bounds = batch_bounds(np.array(sizes, np.int64), budget).tolist()
+    bounds = batch_bounds([(np.array(sizes, np.int64), budget)], len(sizes)).tolist()
     assert bounds == greedy(sizes, budget)
     for start, end in pairwise(bounds):
         assert sum(sizes[start:end]) <= budget or end - start == 1

@@ -67,7 +67,7 @@ def flat(batch: RequestBatch) -> Iterator[tuple[str, torch.Tensor]]:
             if isinstance(part, Jagged):
                 yield f"{name} {key} values", part.values
                 yield f"{name} {key} lengths", part.lengths
-            else:
+            elif part is not None:
                 yield f"{name} {key}", part
 
 
