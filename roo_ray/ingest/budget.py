@@ -67,7 +67,8 @@ def split_oversize(counts: Integers, costs: RequestCosts, impressions: int | Non
     most = np.full(len(counts), impressions or np.iinfo(np.int64).max)
     if cost is not None:
         with np.errstate(divide="ignore", invalid="ignore"):
-            room = np.floor((cost - costs.fixed) / costs.slope * (1 - 1e-12))
+            room = np.floor((cost - costs.fixed) / costs.slope)
+            room = np.where(costs.fixed + costs.slope * room > cost, room - 1, room)  # the division was rounded up
         helps = np.isfinite(room) & (room >= 1) & (costs.at(counts) > cost)
         most = np.where(helps, np.minimum(most, np.where(helps, room, 1).astype(np.int64)), most)
     parts = -(-counts // most)

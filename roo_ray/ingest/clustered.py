@@ -72,7 +72,7 @@ def form_requests(table: pa.Table, schema: Schema, columns: Sequence[str]) -> pa
 class ClusteredReader:
     """Reads units of an impression table as request rows; keeps the last file open."""
 
-    def __init__(self, data_set: str, schema: Schema, columns: Sequence[str]) -> None:
+    def __init__(self, schema: Schema, columns: Sequence[str]) -> None:
         self.schema, self.columns = schema, list(columns)
         wanted = [*columns, *schema.keys.impression, *([schema.keys.position] if schema.keys.position else [])]
         self.stored = [name for name in dict.fromkeys(wanted) if name != NUM_IMPRESSIONS]

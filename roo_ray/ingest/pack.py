@@ -52,7 +52,7 @@ COUNTS = (*STATS, "skipped_requests", "cost")
 class PackSettings:
     """What the reading function needs beside a window; see ``config.Ingest``. ``cost``: coefficients of 1, t,
     t squared, n and n t. ``form`` ``impression``: the same batches, every impression a request of its own, as
-    ``RequestBatch.explode`` gives them. ``impressions``: the data set is an impression table."""
+    ``RequestBatch.explode`` gives them."""
 
     data_set: str
     schema: Schema
@@ -65,7 +65,6 @@ class PackSettings:
     interleave: int | None = None
     on_bad_shard: Literal["fail", "skip"] = "fail"
     form: Literal["request", "impression"] = "request"
-    impressions: bool = False
 
 
 def _at(lengths: Integers, bounds: Integers) -> Integers:
@@ -85,7 +84,7 @@ class _WindowRows:
 
     def __init__(self, settings: PackSettings, window: Window) -> None:
         self.settings, self.window, self.schema = settings, window, settings.schema
-        read = read_requests(settings.data_set, window.units, self.schema, settings.on_bad_shard, settings.impressions)
+        read = read_requests(settings.data_set, window.units, self.schema, settings.on_bad_shard)
         self.table, self.units, self.skipped = read.table, read.units, read.skipped
         keys = hash_rows(self.table, self.schema.keys.request)
         mine = rows_of_side(keys, settings.holdout, settings.side)

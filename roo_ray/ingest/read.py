@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -73,13 +73,6 @@ class UnitReader:
                 f"{unit.requests}; {rebuild}"
             )
         return table
-
-
-def read_units(data_set: str, units: Iterable[UnitRef], columns: Sequence[str]) -> pa.Table:
-    """The rows of several units, one after the other, as one table. At least one unit."""
-    reader = UnitReader(data_set, columns)
-    units = list(units)
-    return join_units(data_set, [reader.read(unit) for unit in units], units)
 
 
 def join_units(data_set: str, tables: Sequence[pa.Table], units: Sequence[UnitRef]) -> pa.Table:

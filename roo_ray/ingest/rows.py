@@ -24,17 +24,21 @@ class ReadRequests:
 
 
 def read_requests(
-    data_set: str, units: Sequence[UnitRef], schema: Schema, on_bad_shard: Literal["fail", "skip"], impressions: bool
+    data_set: str,
+    units: Sequence[UnitRef],
+    schema: Schema,
+    on_bad_shard: Literal["fail", "skip"] = "fail",
+    columns: Sequence[str] | None = None,
 ) -> ReadRequests:
-    """The columns that batches are made of, of several units; ``impressions``: of an impression table, whose
-    requests are formed here. At least one unit.
+    """The columns that batches are made of (or just ``columns``) of several units. At least one unit.
 
     Raises DataError where a file lacks a column, and, unless they are to be skipped, BadShard where it cannot be
     read or is not what the manifest says.
     """
-    columns = columns_to_read(schema)
+    columns = columns_to_read(schema) if columns is None else columns
+    formed = units[0].rows is not None  # an impression table
     reader: UnitReader | ClusteredReader
-    reader = ClusteredReader(data_set, schema, columns) if impressions else UnitReader(data_set, columns)
+    reader = ClusteredReader(schema, columns) if formed else UnitReader(data_set, columns)
     tables: list[pa.Table] = []
     good: list[UnitRef] = []
     for unit in units:

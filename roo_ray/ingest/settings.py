@@ -55,7 +55,6 @@ class StreamSettings:
             ingest.interleave if self.side == "train" else None,
             ingest.on_bad_shard,
             self.form,
-            impressions=bool((units.first_row >= 0).any()),
         )
         plans = [
             plan_epoch(
