@@ -1,5 +1,5 @@
 """Makes an impression table trainable as it is, without rewriting it:
-python jobs/index_impressions.py --config configs/X.yaml [--cluster COLUMN ...] [key=value ...]
+python jobs/index_impressions.py --config configs/X.yaml [--cluster COLUMN,...] [key=value ...]
 
 The config's source is the table (kind impressions), whose rows of a request must lie together, or of a session
 (--cluster session_id). What is published at ``requests`` is an index of it; train and evaluate as on shards.
@@ -13,7 +13,7 @@ from roo_ray.terminal import job_parser, print_table, read_config, run_job
 
 def main() -> None:
     parser = job_parser(__doc__)
-    parser.add_argument("--cluster", nargs="+", default=[], metavar="COLUMN", help="what the table is clustered by")
+    parser.add_argument("--cluster", default="", metavar="COLUMN[,COLUMN]", help="what the table is clustered by")
     options = parser.parse_args()
     config = read_config(options)
     if config.source is None or config.source.kind != "impressions":
@@ -21,8 +21,9 @@ def main() -> None:
 
     from roo_ray.ingest.clustered import index_impressions
 
+    cluster = [name for name in options.cluster.split(",") if name]
     unit = config.build.row_group_requests
-    manifest = index_impressions(config.requests, config.source.path, config.request_schema, options.cluster, unit)
+    manifest = index_impressions(config.requests, config.source.path, config.request_schema, cluster, unit)
     print_table(
         "Indexed",
         ["", ""],
