@@ -61,6 +61,7 @@ class RankStream:
         self._left = list(settings.epochs)
         start = settings.start
         self._start = start
+        self._feed = feed  # the process that opened it keeps it alive, until all ranks are done
         lanes = self.lanes
         self._buffers = Buffers(plans, lanes, settings.schema, settings.ingest.prefetch_batches, start)
         remote = settings.ingest.reader == "ray_data"

@@ -65,27 +65,31 @@ class Agreement:
 
 @dataclass
 class Trained:
-    """What an epoch has trained on so far. ``before``: over all ranks, until this worker group began; ``here``
-    (3,) int64: this rank since then. Requests, impressions, sum of the request keys modulo 2^64."""
+    """What an epoch has trained on so far. ``before``: over all ranks, until this worker group began: requests,
+    impressions, sum of the request keys modulo 2^64; the rest: this rank since then."""
 
     before: tuple[int, int, int]
-    here: torch.Tensor
+    requests: int = 0
+    impressions: int = 0
+    keys: torch.Tensor | None = None
 
     @staticmethod
     def since(before: dict[str, int]) -> Trained:
         """Goes on from what a checkpoint says."""
-        return Trained((before.get("requests", 0), before.get("impressions", 0), before.get("keys", 0)), _zeros(3))
+        return Trained((before.get("requests", 0), before.get("impressions", 0), before.get("keys", 0)))
 
     def add(self, step: Step) -> None:
         """Counts a step of this rank."""
         if step.lanes_alive:
-            self.here[0] += step.requests
-            self.here[1] += step.impressions
-            self.here[2] += step.batch.request_key.sum().cpu()
+            self.requests += step.requests
+            self.impressions += step.impressions
+            keys = step.batch.request_key.sum()  # stays on the device
+            self.keys = keys if self.keys is None else self.keys + keys
 
     def over_ranks(self, device: torch.device) -> dict[str, int]:
         """The sums over all ranks (collective)."""
-        total = self.here.to(device, copy=True)
+        keys = 0 if self.keys is None else int(self.keys)
+        total = torch.tensor([self.requests, self.impressions, keys], device=device)
         dist.all_reduce(total)
         sums = [(b + t) % 2**64 for b, t in zip(self.before, total.tolist(), strict=True)]
         return dict(zip(("requests", "impressions", "keys"), sums, strict=True))

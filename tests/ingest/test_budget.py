@@ -6,7 +6,8 @@ from collections import Counter
 from itertools import pairwise
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as limits
 from hypothesis import strategies as st
 
 from roo_ray.ingest.budget import IMPRESSION_COST, RequestCosts, batch_bounds, interleave, split_oversize
@@ -21,6 +22,7 @@ def costs_of(coefficients: tuple[float, ...], tokens: list[int]) -> RequestCosts
     return RequestCosts.of(coefficients, t, t * t)
 
 
+@limits(max_examples=50, deadline=None)
 @given(counts_lists, st.integers(1, 60), st.integers(1, 500), whole_numbers, st.randoms())
 def test_no_batch_is_over_any_budget_but_single_oversize_requests(
     counts, impressions, cost, coefficients, draw
@@ -45,6 +47,7 @@ def test_the_cost_is_the_published_polynomial() -> None:
     assert costs_of(IMPRESSION_COST, [9]).at(np.array([4])).tolist() == [4]
 
 
+@limits(max_examples=50, deadline=None)
 @given(
     counts_lists,
     st.one_of(st.none(), st.integers(1, 30)),
@@ -71,8 +74,8 @@ def test_split_requests_keep_every_impression_once_and_fit(counts, impressions, 
     assert (parts.counts <= (impressions or np.inf)).all()
 
 
+@limits(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(1, 5)), max_size=60), st.integers(1, 3), st.integers(3, 20))
-@settings(deadline=None)
 def test_interleaving_loses_nothing_and_crowds_only_where_users_run_out(requests, limit, budget) -> None:  # type: ignore[no-untyped-def]
     users = np.array([user for user, _ in requests], np.int64)
     sizes = np.array([size for _, size in requests], np.int64)
@@ -101,6 +104,7 @@ def test_interleaving_keeps_users_apart_where_it_can() -> None:
     assert user_stats(bounds, users, 1)[1].sum() > 900
 
 
+@limits(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(0, 4)), max_size=40))
 def test_false_negatives_are_counted_as_they_are_defined(positives: list[tuple[int, int, int]]) -> None:
     positives = sorted(positives)
@@ -113,6 +117,7 @@ def test_false_negatives_are_counted_as_they_are_defined(positives: list[tuple[i
         assert false[of] == sum((user, item) in set(mine) for (user, _), (_, item) in ordered)
 
 
+@limits(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 5), max_size=9), min_size=1, max_size=5))
 def test_users_of_a_batch(batches: list[list[int]]) -> None:
     bounds = np.cumsum([0, *map(len, batches)])
