@@ -82,7 +82,7 @@ def test_interleaving_loses_nothing_and_crowds_only_where_users_run_out(requests
     order, bounds = interleave(users, [(sizes, budget)], limit)
     assert sorted(order.tolist()) == list(range(len(requests)))
     for start, end in pairwise(bounds.tolist()):
-        batch, left = users[order[start:end]], users[order[start:]]
+        batch, left = users[order[start:end]], users[order[end:]]
         assert sizes[order[start:end]].sum() <= budget or end - start == 1
         crowded = sum(max(n - limit, 0) for n in Counter(batch.tolist()).values())
         if crowded:  # every other request that was left is of a user who has his fill already
