@@ -29,6 +29,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from roo_ray.config import Holdout
 from roo_ray.errors import DataError
@@ -84,6 +85,7 @@ class _WindowRows:
 
     def __init__(self, settings: PackSettings, window: Window) -> None:
         self.settings, self.window, self.schema = settings, window, settings.schema
+        self._columns: dict[str, pa.Array] = {}
         read = read_requests(settings.data_set, window.units, self.schema, settings.on_bad_shard)
         self.table, self.units, self.skipped = read.table, read.units, read.skipped
         keys = hash_rows(self.table, self.schema.keys.request)
@@ -136,15 +138,17 @@ class _WindowRows:
 
     def column(self, name: str) -> pa.Array:
         """A column as read, as one array."""
-        column = self.table.column(name)
-        array = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
-        if pa.types.is_fixed_size_list(array.type):
-            array = array.cast(pa.list_(array.type.value_type))
-        return array
+        if name not in self._columns:
+            column = self.table.column(name)
+            array = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+            if pa.types.is_fixed_size_list(array.type):
+                array = array.cast(pa.list_(array.type.value_type))
+            self._columns[name] = array
+        return self._columns[name]
 
     def values(self, name: str) -> pa.Array:
         """(B,): a request-level column in packed order."""
-        return self.column(name).take(pa.array(self.rows))
+        return _take(self.column(name), self.rows)
 
     def where(self, request: int) -> str:
         """Names a request, by its place in packed order, and its file: for error messages."""
@@ -212,7 +216,7 @@ class _WindowRows:
 
 
 def _take(values: pa.Array, index: Integers) -> pa.Array:
-    return values.take(pa.array(index))
+    return pc.take(values, pa.array(index), boundscheck=False)
 
 
 class _Packer:

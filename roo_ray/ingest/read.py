@@ -25,6 +25,11 @@ def columns_to_read(schema: Schema) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+FOOTERS = 512
+_footers: dict[tuple[str, str, int, int], pq.FileMetaData] = {}
+"""Footers of files of this process, by what they are of: a file's units are read in many windows."""
+
+
 class BadShard(DataError):
     """A file that is missing, damaged, or not what the manifest says."""
 
@@ -43,7 +48,20 @@ class UnitReader:
             return self._open[1]
         local = isinstance(self.filesystem, pafs.LocalFileSystem)
         source = self.filesystem.open_input_file(f"{self.base}/{path}")
-        file = pq.ParquetFile(source, pre_buffer=not local)
+        info = self.filesystem.get_file_info(f"{self.base}/{path}")
+        key = (self.data_set, path, info.size, info.mtime_ns)
+        file = pq.ParquetFile(source, pre_buffer=not local, metadata=_footers.get(key))
+        if key not in _footers:
+            if len(_footers) >= FOOTERS:
+                _footers.pop(next(iter(_footers)), None)
+            _footers[key] = file.metadata
+        there = set(file.schema_arrow.names)
+        missing = [c for c in self.columns if c not in there]
+        if missing:
+            raise DataError(
+                f"{self.data_set}/{path} has no column {', '.join(missing)}, which the schema reads; use the schema "
+                "that the data set was built with, or build it again with this one"
+            )
         self._open = (path, file)
         return file
 
@@ -53,12 +71,6 @@ class UnitReader:
         rebuild = "the data set's files must stay as they were published; restore it or build the data set again"
         try:
             file = self._file(unit.path)
-            missing = [c for c in self.columns if c not in file.schema_arrow.names]
-            if missing:
-                raise DataError(
-                    f"{name} has no column {', '.join(missing)}, which the schema reads; use the schema that "
-                    "the data set was built with, or build it again with this one"
-                )
             if unit.row_group >= file.metadata.num_row_groups:
                 raise BadShard(f"{name} has no row group {unit.row_group}, which the manifest lists; {rebuild}")
             table = file.read_row_group(unit.row_group, columns=self.columns, use_threads=False)
