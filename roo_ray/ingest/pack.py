@@ -22,50 +22,24 @@ flat values of one tensor of ``RequestBatch``, so that a tensor is a view of a c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from roo_ray.config import Holdout
 from roo_ray.errors import DataError
-from roo_ray.ingest.budget import IMPRESSION_COST, Load, RequestCosts, batch_bounds, interleave, split_oversize
 from roo_ray.ingest.columns import Where, dense_of, ids_of, labels_of, oracle_of, seconds_of
 from roo_ray.ingest.diagnostics import STATS, negative_pairs, user_stats
-from roo_ray.ingest.holdout import rows_of_side
 from roo_ray.ingest.lists import Lists, ranges, split_lists
-from roo_ray.ingest.plan import Side, Window, permutation
-from roo_ray.ingest.read import NUM_IMPRESSIONS
-from roo_ray.ingest.rows import read_requests
-from roo_ray.requests.hashing import hash_array, hash_rows
-from roo_ray.schema import Feature, Level, Schema
+from roo_ray.ingest.plan import Window
+from roo_ray.ingest.window import PackSettings as PackSettings
+from roo_ray.ingest.window import WindowRows, take
+from roo_ray.schema import Feature, Level
 
 Integers = npt.NDArray[np.int64]
 TAGS = ("epoch", "lane", "window", "batch", "batches")
 COUNTS = (*STATS, "skipped_requests", "cost")
-
-
-@dataclass(frozen=True)
-class PackSettings:
-    """What the reading function needs beside a window; see ``config.Ingest``. ``cost``: coefficients of 1, t,
-    t squared, n and n t. ``form`` ``impression``: the same batches, every impression a request of its own, as
-    ``RequestBatch.explode`` gives them."""
-
-    data_set: str
-    schema: Schema
-    holdout: Holdout
-    side: Side
-    batch_impressions: int | None
-    batch_cost: float | None = None
-    cost: tuple[float, ...] = IMPRESSION_COST
-    oversize: Literal["own", "split"] = "own"
-    interleave: int | None = None
-    on_bad_shard: Literal["fail", "skip"] = "fail"
-    form: Literal["request", "impression"] = "request"
 
 
 def _at(lengths: Integers, bounds: Integers) -> Integers:
@@ -73,157 +47,11 @@ def _at(lengths: Integers, bounds: Integers) -> Integers:
     return np.concatenate([[0], np.cumsum(lengths)])[bounds]
 
 
-def _owners(lengths: Integers) -> Callable[[int], int]:
-    """Which list an element of flattened lists is in."""
-    return lambda element: int(np.searchsorted(np.cumsum(lengths), element, side="right"))
-
-
-class _WindowRows:
-    """The requests of a window in packed order. ``rows`` (B,) int64: their rows in the table as read, a row twice
-    where its request is split; ``counts`` (B,): their impressions, from the ``first`` (B,) of the row's on;
-    ``bounds`` (batches + 1,): the first request of each batch."""
-
-    def __init__(self, settings: PackSettings, window: Window) -> None:
-        self.settings, self.window, self.schema = settings, window, settings.schema
-        self._columns: dict[str, pa.Array] = {}
-        read = read_requests(settings.data_set, window.units, self.schema, settings.on_bad_shard)
-        self.table, self.units, self.skipped = read.table, read.units, read.skipped
-        keys = hash_rows(self.table, self.schema.keys.request)
-        mine = rows_of_side(keys, settings.holdout, settings.side)
-        self.rows = np.arange(self.table.num_rows) if mine is None else np.flatnonzero(mine)
-        if window.shuffle is not None:
-            self.rows = self.rows[permutation(len(self.rows), window.shuffle)]
-        self.counts = self._counts()
-        if window.by_time:
-            times = seconds_of(self.values(self.schema.keys.time), self.schema.keys.time, self.where)
-            self._reorder(np.argsort(times, kind="stable"))
-        self.first = np.zeros(len(self.rows), np.int64)
-        self.mark: Integers | None = None
-        self._fill_batches()
-        self.keys = keys[self.rows].view(np.int64)
-        self._aligned: tuple[Integers, Integers] | None = None
-
-    def _reorder(self, order: Integers) -> None:
-        self.rows, self.counts = self.rows[order], self.counts[order]
-
-    def _fill_batches(self) -> None:
-        """Splits what is to be split, and decides which requests make up which batch."""
-        settings, costs = self.settings, self._request_costs()
-        if settings.oversize == "split":
-            parts = split_oversize(self.counts, costs, settings.batch_impressions, settings.batch_cost)
-            self.rows, self.counts = self.rows[parts.request], parts.counts
-            self.first, self.mark, costs = parts.first, parts.mark, costs.take(parts.request)
-        cost = costs.at(self.counts)
-        loads: list[Load] = [(self.counts, settings.batch_impressions)] if settings.batch_impressions else []
-        loads += [(cost, settings.batch_cost)] if settings.batch_cost else []
-        self.users = hash_array(self.values(self.schema.keys.user)).view(np.int64)
-        if settings.interleave is None:
-            self.bounds = batch_bounds(loads, len(self.rows))
-        else:
-            order, self.bounds = interleave(self.users, loads, settings.interleave)
-            self._reorder(order)
-            self.first, self.users, cost = self.first[order], self.users[order], cost[order]
-            self.mark = None if self.mark is None else self.mark[order]
-        self.batch_costs = np.add.reduceat(cost, self.bounds[:-1]) if len(cost) else np.zeros(0)
-
-    def _request_costs(self) -> RequestCosts:
-        """The costs of the requests; reads the lengths of histories only where they cost anything."""
-        tokens, squares = np.zeros((2, len(self.rows)), np.int64)
-        if any(self.settings.cost[i] for i in (1, 2, 4)):
-            for feature in self.schema.sequences:
-                lengths = self.lists(feature.source_columns[0]).lengths[self.rows]
-                kept = np.minimum(lengths, feature.max_length or 0)
-                tokens, squares = tokens + kept, squares + kept * kept
-        return RequestCosts.of(self.settings.cost, tokens, squares)
-
-    def column(self, name: str) -> pa.Array:
-        """A column as read, as one array."""
-        if name not in self._columns:
-            column = self.table.column(name)
-            array = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
-            if pa.types.is_fixed_size_list(array.type):
-                array = array.cast(pa.list_(array.type.value_type))
-            self._columns[name] = array
-        return self._columns[name]
-
-    def values(self, name: str) -> pa.Array:
-        """(B,): a request-level column in packed order."""
-        return _take(self.column(name), self.rows)
-
-    def where(self, request: int) -> str:
-        """Names a request, by its place in packed order, and its file: for error messages."""
-        return self.where_row(int(self.rows[request])) if len(self.rows) else self.settings.data_set
-
-    def where_row(self, row: int) -> str:
-        """Names the request in a row of the table as read."""
-        key = ", ".join(f"{name}={self.table.column(name)[row]}" for name in self.schema.keys.request)
-        ends = np.cumsum([unit.requests for unit in self.units])
-        path = self.units[int(np.searchsorted(ends, row, side="right"))].path
-        return f"request {key} of {self.settings.data_set}/{path}"
-
-    def _counts(self) -> Integers:
-        column = self.values(NUM_IMPRESSIONS)
-        counts = np.asarray(column.fill_null(0)).astype(np.int64)
-        if (counts < 1).any():
-            at = int(np.argmax(counts < 1))
-            raise DataError(
-                f"column '{NUM_IMPRESSIONS}' is {column[at]} in {self.where(at)}; a request has at least one "
-                "impression: build the data set again"
-            )
-        return counts
-
-    def lists(self, name: str) -> Lists:
-        """The lists of a column as read (in stored order). Raises DataError where it holds no lists."""
-        array = self.column(name)
-        try:
-            return split_lists(array)
-        except TypeError:
-            raise DataError(
-                f"column '{name}' holds {array.type}, and the schema needs a list per request, in "
-                f"{self.where(0)}; correct the schema, or build the data set again with it"
-            ) from None
-
-    def _index(self, lists: Lists) -> Integers:
-        """(B_NRO,) int64 into the flat values; aligned columns, whose lists lie alike, share one index."""
-        if self._aligned is None or not np.array_equal(self._aligned[0], lists.starts):
-            self._aligned = (lists.starts, ranges(lists.starts[self.rows] + self.first, self.counts))
-        return self._aligned[1]
-
-    def impressions(self, name: str) -> tuple[pa.Array, Integers]:
-        """(flat values as read, index (B_NRO,) into them of each impression in packed order).
-
-        Raises DataError where a request's list is not as long as its number of impressions.
-        """
-        lists = self.lists(name)
-        wanted = np.asarray(self.column(NUM_IMPRESSIONS).fill_null(0)).astype(np.int64)
-        wrong = (lists.lengths != wanted)[self.rows]
-        if wrong.any():
-            row = int(self.rows[np.argmax(wrong)])
-            raise DataError(
-                f"column '{name}' has {lists.lengths[row]} values for {wanted[row]} impressions in "
-                f"{self.where_row(row)}; build the data set again"
-            )
-        return lists.values, self._index(lists)
-
-    def where_impression(self, impression: int) -> str:
-        """Names the request of an impression, by its place in packed order."""
-        return self.where(_owners(self.counts)(impression))
-
-    def where_element(self, lengths: Integers, list_where: Where) -> Where:
-        """Names an element of flattened lists of ``lengths`` by what names its list."""
-        owner = _owners(lengths)
-        return lambda element: list_where(owner(element))
-
-
-def _take(values: pa.Array, index: Integers) -> pa.Array:
-    return pc.take(values, pa.array(index), boundscheck=False)
-
-
 class _Packer:
     """Collects the columns of a packed window. ``user_rows``: the rows of the table as read that request-level
     values come from: a row per request, or per impression in the impression-level form."""
 
-    def __init__(self, rows: _WindowRows) -> None:
+    def __init__(self, rows: WindowRows) -> None:
         self.rows, self.schema = rows, rows.schema
         bounds = rows.bounds if len(rows.bounds) > 1 else np.zeros(2, np.int64)  # one row with empty lists
         self.of_impressions = _at(rows.counts, bounds)  # (batches + 1,) first impression of each batch
@@ -255,9 +83,9 @@ class _Packer:
             for name in feature.columns:
                 where: Where = self.where_user
                 if level == "request":
-                    values = _take(self.rows.column(name), self.user_rows)
+                    values = take(self.rows.column(name), self.user_rows)
                 else:
-                    values, where = _take(*self.rows.impressions(name)), self.rows.where_impression
+                    values, where = take(*self.rows.impressions(name)), self.rows.where_impression
                 parts.append(dense_of(values, name, where, feature.fill, feature.scale))
         if parts:
             bounds = self.of_requests if level == "request" else self.of_impressions
@@ -280,7 +108,7 @@ class _Packer:
                     f"column '{name}' holds lists, and feature '{feature.name}' takes one id, in {where(0)}; "
                     "give the feature a pooling (sum or mean)"
                 )
-            values = ids_of(_take(stored, index), name, feature.table, table, where, feature.fill_id)
+            values = ids_of(take(stored, index), name, feature.table, table, where, feature.fill_id)
             self.add(f"ids:{feature.name}", values, bounds)
             if feature.level == "impression" and self.items is None:
                 self.items = values
@@ -291,7 +119,7 @@ class _Packer:
             bags = Lists.of_scalars(stored)
         chosen = bags.select(index, first=feature.max_length)
         where = rows.where_element(chosen.lengths, where)
-        values = ids_of(_take(bags.values, chosen.index), name, feature.table, table, where, feature.fill_id)
+        values = ids_of(take(bags.values, chosen.index), name, feature.table, table, where, feature.fill_id)
         self.add(f"lengths:{feature.name}", chosen.lengths, bounds)
         self.add(f"ids:{feature.name}", values, _at(chosen.lengths, bounds))
 
@@ -314,7 +142,7 @@ class _Packer:
                 )
             if cut is None or not np.array_equal(cut[0], lists.starts):
                 cut = (lists.starts, lists.select(self.user_rows, last=feature.max_length).index)
-            return _take(lists.values, cut[1])
+            return take(lists.values, cut[1])
 
         kept = np.minimum(lengths, feature.max_length or 0)
         bounds, where = _at(kept, self.of_requests), rows.where_element(kept, self.where_user)
@@ -337,12 +165,12 @@ class _Packer:
         """Labels with their weights, and true probabilities where the schema names any."""
         rows, values, weights, oracles = self.rows, [], [], []
         for label in self.schema.labels:
-            flat = _take(*rows.impressions(label.column))
+            flat = take(*rows.impressions(label.column))
             value, weight = labels_of(flat, label.column, rows.where_impression)
             values.append(value)
             weights.append(weight)
             if label.oracle:
-                oracles.append(oracle_of(_take(*rows.impressions(label.oracle)), label.oracle))
+                oracles.append(oracle_of(take(*rows.impressions(label.oracle)), label.oracle))
             else:
                 oracles.append(np.full(len(value), np.nan, np.float32))
         self.add("labels", np.stack(values, 1), self.of_impressions)
@@ -356,7 +184,7 @@ class _Packer:
         self.add("num_impressions", np.ones_like(self.user_rows) if self.exploded else rows.counts, self.of_requests)
         self.add("request_key", self.per_user(rows.keys), self.of_requests)
         self.add("user_key", self.per_user(rows.users), self.of_requests)
-        times = seconds_of(_take(rows.column(keys.time), self.user_rows), keys.time, self.where_user)
+        times = seconds_of(take(rows.column(keys.time), self.user_rows), keys.time, self.where_user)
         self.add("request_time", times, self.of_requests)
         self.add("impression_index", ranges(rows.first, rows.counts), self.of_impressions)
         if rows.mark is not None:
@@ -409,5 +237,5 @@ def pack_window(settings: PackSettings, window: Window) -> pa.Table:
 
     Raises DataError that names the file, and for a wrong value the column and the request.
     """
-    rows = _WindowRows(settings, window)
+    rows = WindowRows(settings, window)
     return pa.table(_tags(window, len(rows.bounds) - 1) | _Packer(rows).pack())
