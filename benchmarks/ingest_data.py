@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from roo_ray.requests.grouping import explode_requests
 from roo_ray.requests.manifest import Manifest, ShardFile, Unit, manifest_versions, publish_manifest
 from roo_ray.schema import Schema, parse_schema
 
@@ -127,3 +128,27 @@ def write_data_set(folder: Path, requests: int) -> Manifest:
     manifest = Manifest(version=1, schema_yaml=schema().to_yaml(), schema_digest=schema().digest, files=files)
     publish_manifest(str(folder), manifest)
     return manifest
+
+
+def impression_table(data_set: str) -> str:
+    """The path of ``write_impressions``."""
+    return f"{data_set}/impressions.parquet"
+
+
+def write_impressions(folder: Path, manifest: Manifest) -> int:
+    """Writes the requests of the first shard as impression rows, as a log holds them; returns how many."""
+    path = folder / manifest.files[0].path
+    target = impression_table(str(folder))
+    rows = 0
+    with pq.ParquetFile(path) as file:
+        writer = None
+        for group in range(file.metadata.num_row_groups):
+            exploded = explode_requests(file.read_row_group(group), schema())
+            ones = pa.array(np.ones(exploded.num_rows, np.int32))
+            exploded = exploded.append_column("num_impressions", ones)
+            writer = writer or pq.ParquetWriter(target, exploded.schema, compression="zstd", compression_level=3)
+            writer.write_table(exploded, row_group_size=exploded.num_rows)
+            rows += exploded.num_rows
+        assert writer is not None
+        writer.close()
+    return rows

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import torch
-from ingest_data import HISTORY, schema
+from ingest_data import HISTORY, impression_table, schema
 from ray.data.collate_fn import ArrowBatchCollateFn
 
 from roo_ray.config import Holdout, Ingest
@@ -24,13 +23,14 @@ from roo_ray.ingest.read import columns_to_read
 from roo_ray.ingest.stream import RankStream, StreamSettings
 from roo_ray.requests.manifest import load_manifest
 
-Way = Literal["floor", "naive", "thread", "ray_data", "exploded"]
+Way = Literal["floor", "naive", "thread", "ray_data", "exploded", "table"]
 WAYS: dict[Way, str] = {
     "floor": "(a) pyarrow and collate, one loop",
     "naive": "(b) Ray Data, iter_torch_batches",
     "thread": "(c) ours, trainer's thread",
     "ray_data": "(d) ours, Ray Data",
     "exploded": "(e) ours, impression-level",
+    "table": "(e') an impression table, pyarrow",
 }
 EPOCHS = 2
 
@@ -43,19 +43,19 @@ def _array(table: pa.Table, name: str) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
 
 
+def _lists(array: pa.Array) -> Lists:
+    return split_lists(array) if pa.types.is_list(array.type) else Lists.of_scalars(array)
+
+
 def _tensor(array: pa.Array, kind: Any) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array.to_numpy(zero_copy_only=False).astype(kind)))
 
 
 def collate(table: pa.Table) -> RequestBatch:
-    """Request rows to a batch of the same fields as ours, vectorised, ids and keys as they are (nothing is hashed
-    or checked)."""
+    """Request rows (or impression rows, each then a request of its own) to a batch of the same fields as ours,
+    vectorised, ids and keys as they are (nothing is hashed or checked)."""
     rows = np.arange(table.num_rows)
-    lists: dict[str, Lists] = {
-        name: split_lists(_array(table, name))
-        for name in table.column_names
-        if pa.types.is_list(table.schema.field(name).type)
-    }
+    lists = {name: _lists(_array(table, name)) for name in table.column_names}
     history = lists["history_item"].select(rows, last=HISTORY)
     lengths = torch.from_numpy(history.lengths)
     index = pa.array(history.index)
@@ -111,17 +111,17 @@ def files_of(data_set: str) -> list[str]:
     return [f"{data_set}/{file.path}" for file in select_files(load_manifest(data_set), Holdout(), "train")]
 
 
-def floor(data_set: str, rank: int, world: int, batch_requests: int) -> Iterator[RequestBatch]:
+def floor(files: list[str], rank: int, world: int, batch_rows: int) -> Iterator[RequestBatch]:
     """Every world-th row group, read and collated in this loop."""
     columns = columns_to_read(schema())
-    units = [(path, group) for path in files_of(data_set) for group in range(pq.read_metadata(path).num_row_groups)]
+    units = [(path, group) for path in files for group in range(pq.read_metadata(path).num_row_groups)]
     opened: tuple[str, Any] = ("", None)
     for path, group in units[rank::world]:
         if opened[0] != path:
             opened = (path, pq.ParquetFile(path))
         table = opened[1].read_row_group(group, columns=columns, use_threads=False)
-        for start in range(0, table.num_rows, batch_requests):
-            yield collate(table.slice(start, batch_requests))
+        for start in range(0, table.num_rows, batch_rows):
+            yield collate(table.slice(start, batch_rows))
 
 
 # ---- a rank -------------------------------------------------------------------------------------------------
@@ -173,7 +173,9 @@ class Rank:
 
     def _batches(self, way: Way, data_set: str, rank: int, world: int, lanes: int, impressions: int, give: Any) -> Any:
         if way == "floor":
-            return lambda epoch: floor(data_set, rank, world, impressions // 10)
+            return lambda epoch: floor(files_of(data_set), rank, world, impressions // 10)
+        if way == "table":
+            return lambda epoch: floor([impression_table(data_set)], rank, world, impressions)
         if way == "naive":
             return lambda epoch: give.iter_torch_batches(
                 batch_size=impressions // 10, collate_fn=Collate(), prefetch_batches=4
@@ -207,8 +209,3 @@ def naive_shards(data_set: str, world: int) -> list[Any]:
     """(b): Ray Data reads the shards and splits them over the ranks."""
     rows = ray.data.read_parquet(files_of(data_set), columns=columns_to_read(schema()))
     return list(rows.streaming_split(world, equal=False))
-
-
-def make_folder(path: str) -> Path:
-    """The folder of the benchmark's data."""
-    return Path(path).absolute()

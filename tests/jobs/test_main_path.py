@@ -119,11 +119,11 @@ def test_a_killed_run_goes_on_within_the_epoch_with_another_number_of_workers(
     killed: list[int] = []
 
     def kill_a_worker(line: str) -> None:
-        if "epoch 1/2  step 15 " in line and not killed:
+        if "epoch 1/2  step 10 " in line and not killed:
             killed.append(one_of_the_trainers())
             os.kill(killed[0], signal.SIGKILL)
 
-    every = "training.checkpoint_every_steps=6"
+    every = "training.checkpoint_every_steps=4"
     with pytest.raises(Exception):  # noqa: B017, PT011  (whatever Ray makes of a lost process)
         train(small_config(folder, every, "training.max_failures=0"), "killed", kill_a_worker)
     assert killed
@@ -137,6 +137,15 @@ def test_a_killed_run_goes_on_within_the_epoch_with_another_number_of_workers(
     assert states[0].trained == states[1].trained  # the sum of the request keys among it
     assert states[0].trained["requests"] == result.metrics["epoch/requests"]
     assert states[0].position is None
+
+
+def test_what_drop_last_drops_is_counted(two_workers: tuple[Config, TrainingResult], folder: Path) -> None:
+    _, reference = two_workers
+    config = small_config(folder, "ingest.drop_last=true", "training.epochs=1", "ingest.reader=thread")
+    result = train(config, "drop-last", quiet)
+    dropped = curve(config, result, "epoch/dropped_requests")
+    assert len(dropped) == 1
+    assert result.metrics["epoch/requests"] + sum(dropped.values()) == reference.metrics["epoch/requests"]
 
 
 def one_of_the_trainers() -> int:
