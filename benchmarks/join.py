@@ -131,7 +131,8 @@ def table(results: dict[str, dict[str, Any]]) -> None:
     """Prints the results."""
     base = results["roo_ray"]["seconds"]
     print(
-        f"{'engine':24} {'warm s':>8} {'first s':>8} {'x ours':>7} {'peak PSS':>9} {'RSS':>8} {'output':>9} {'files':>6}"
+        f"{'engine':24} {'warm s':>8} {'first s':>8} {'x ours':>7} "
+        f"{'peak PSS':>9} {'RSS':>8} {'output':>9} {'files':>6}"
     )
     for name, row in results.items():
         sizes = [f"{row[key] / 1e9:.2f} GB" for key in ("peak_pss_bytes", "peak_rss_bytes")]

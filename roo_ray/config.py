@@ -280,19 +280,39 @@ class Holdout(Strict):
 
 
 class Ingest(Strict):
-    """The order and size of batches (docs/architecture.md, "Plan").
+    """The order and size of batches (docs/ingest.md).
 
     ``lanes``: virtual workers, fixed for a run; ranks own lanes, so results do not depend on their number.
-    ``batch_impressions``: impressions in one lane's batch of a step (a single larger request gets its own
-    batch). ``window_units``: row groups shuffled together. ``reader``: ``ray_data`` (tasks on data nodes) or
-    ``thread`` (a background thread of the trainer); both deliver the identical stream.
+    ``mode``: ``shuffled``, or ``time`` for data that must be trained on in the order of time.
+    ``batch_impressions``, ``batch_cost``: what one lane's batch of a step is filled up to, at least one of them;
+    the cost of a request is a polynomial of its history tokens and impressions that the model publishes.
+    ``oversize``: what becomes of a single request above that: a batch of its ``own``, or it is ``split`` into
+    requests with the same user side (never in evaluation).
+    ``interleave``: at most so many requests of a user in a batch, as far as a window allows; violations are
+    counted. ``window_units``: row groups shuffled together.
+    ``drop_last``: end an epoch as soon as one lane has no more data (what is left is dropped, and counted).
+    ``on_bad_shard``: a missing or damaged file is an error (``fail``), or skipped and counted (``skip``).
+    ``reader``: ``ray_data`` (tasks on data nodes) or ``thread`` (a background thread of the trainer); both
+    deliver the identical stream. ``prefetch_batches``: batches that a lane has ready.
     """
 
     lanes: int = Field(default=4, gt=0)
-    batch_impressions: int = Field(default=512, gt=0)
+    mode: Literal["shuffled", "time"] = "shuffled"
+    batch_impressions: int | None = Field(default=512, gt=0)
+    batch_cost: float | None = Field(default=None, gt=0)
+    oversize: Literal["own", "split"] = "own"
+    interleave: int | None = Field(default=None, gt=0)
     window_units: int = Field(default=4, gt=0)
+    drop_last: bool = False
+    on_bad_shard: Literal["fail", "skip"] = "fail"
     reader: Literal["ray_data", "thread"] = "ray_data"
     prefetch_batches: int = Field(default=4, gt=0)
+
+    @model_validator(mode="after")
+    def _some_budget(self) -> Ingest:
+        if self.batch_impressions is None and self.batch_cost is None:
+            raise ValueError("a batch needs a budget: give batch_impressions, batch_cost or both")
+        return self
 
 
 class Model(Strict):
@@ -322,7 +342,8 @@ class Training(Strict):
     """``workers``: TorchTrainer workers. ``gpu``: one GPU a worker and NCCL, otherwise CPU and gloo.
     ``epochs``, learning rates (row-wise Adagrad for embeddings, Adam for the rest). ``row_wise_from``: tables
     of at least so many rows are sharded row-wise, smaller ones table-wise. ``log_every``: steps.
-    ``max_failures``: restarts of the worker group from the last checkpoint.
+    ``max_failures``: restarts of the worker group from the last checkpoint. ``checkpoint_every_steps``:
+    checkpoints within an epoch, beside the one at its end; training goes on exactly there.
     ``form``: ``request`` is ROO; ``impression`` trains the same batches exploded, the baseline."""
 
     workers: int = Field(default=2, gt=0)
@@ -334,6 +355,7 @@ class Training(Strict):
     row_wise_from: int = Field(default=1000, gt=0)
     log_every: int = Field(default=10, gt=0)
     keep_checkpoints: int = Field(default=2, gt=0)
+    checkpoint_every_steps: int | None = Field(default=None, gt=0)
     max_failures: int = Field(default=1, ge=0)
     form: Literal["request", "impression"] = "request"
     seed: int = 0

@@ -70,6 +70,9 @@ class RequestBatch:
     weights           (B_NRO, K) float32: 1 where the label is known, 0 where it is null; all 0 for a dummy
                       request. (A task's weight in the loss is the schema's; it is not in here.)
     oracle            (B_NRO, K) float32 true probabilities, NaN where the schema names none.
+    split             (B_RO,) int64: 0 a whole request, 1 the first part of one that was split over the budget, 2 a
+                      later part. Parts have the request's key and user side; what is computed per request skips
+                      them. None where no request can be split.
     """
 
     num_impressions: Tensor
@@ -86,6 +89,7 @@ class RequestBatch:
     labels: Tensor
     weights: Tensor
     oracle: Tensor
+    split: Tensor | None = None
 
     @property
     def num_requests(self) -> int:
@@ -107,7 +111,7 @@ class RequestBatch:
                     k: v.map(function) if isinstance(v, Jagged) else function(v) for k, v in value.items()
                 }
             else:
-                mapped[field.name] = function(value)
+                mapped[field.name] = None if value is None else function(value)
         return RequestBatch(**mapped)  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> RequestBatch:
@@ -155,6 +159,7 @@ class RequestBatch:
             labels=self.labels,
             weights=self.weights,
             oracle=self.oracle,
+            split=None if self.split is None else self.split[rows],
         )
 
     @staticmethod
@@ -166,7 +171,10 @@ class RequestBatch:
         for field in fields(RequestBatch):
             values = [getattr(part, field.name) for part in parts]
             first = values[0]
-            if isinstance(first, dict):
+            if field.name == "split":
+                marks = [torch.zeros_like(p.num_impressions) if p.split is None else p.split for p in parts]
+                joined["split"] = torch.cat(marks) if any(v is not None for v in values) else None
+            elif isinstance(first, dict):
                 joined[field.name] = {
                     key: Jagged.concat([v[key] for v in values])
                     if isinstance(first[key], Jagged)

@@ -22,6 +22,8 @@ Where = Callable[[int], str]
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
+_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6}
+
 
 def _plain(values: pa.Array) -> pa.Array:
     return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
@@ -77,9 +79,8 @@ def _checked_ids(values: pa.Array, column: str, name: str, table: Table, where: 
     filled = pc.fill_null(values, pa.scalar(0, kind)) if values.null_count else values
     # unsigned 64-bit ids wrap to negative numbers, which the check below refuses
     rows: Integers = pc.cast(filled, pa.int64(), safe=False).to_numpy(zero_copy_only=False)
-    outside = (rows < 0) | (rows >= table.rows)
-    if outside.any():
-        at = _first(outside)
+    if rows.view(np.uint64).max(initial=0) >= table.rows:  # negative numbers are the largest then
+        at = _first((rows < 0) | (rows >= table.rows))
         raise DataError(
             f"column '{column}' has id {values[at].as_py()}, and table '{name}' has {table.rows} rows "
             f"(ids 0 to {table.rows - 1}), in {where(at)}; raise the table's rows or set hash: true"
@@ -135,6 +136,11 @@ def seconds_of(values: pa.Array, column: str, where: Where) -> npt.NDArray[np.fl
     if values.null_count:
         at = _first(np.asarray(values.is_null()))
         raise DataError(f"time column '{column}' is null in {where(at)}; every event needs its time")
+    if pa.types.is_timestamp(values.type) and values.type.unit in _PER_SECOND:
+        # exact integers in a double, divided once: equal instants stay equal whatever their unit
+        counts = np.asarray(values.cast(pa.int64()))
+        seconds: npt.NDArray[np.float64] = counts / _PER_SECOND[values.type.unit]
+        return seconds
     try:
         return epoch_seconds(values)
     except DataError as error:

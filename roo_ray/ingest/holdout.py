@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from roo_ray.config import Holdout
 from roo_ray.errors import DataError
+from roo_ray.ingest.clustered import MIXED_DAYS
 from roo_ray.ingest.plan import Side, units_of
-from roo_ray.ingest.read import read_units
+from roo_ray.ingest.rows import read_requests
 from roo_ray.requests.hashing import Hashes, hash_rows, mix64
 from roo_ray.requests.manifest import Manifest, ShardFile
 from roo_ray.schema import Schema
@@ -37,6 +38,12 @@ def select_files(manifest: Manifest, holdout: Holdout, side: Side) -> list[Shard
         raise DataError("holdout.by=all holds everything out, which leaves nothing to train on; it is for evaluation")
     if holdout.by != "day":
         return list(manifest.files)
+    mixed = next((file for file in manifest.files if file.day == MIXED_DAYS), None)
+    if mixed is not None:
+        raise DataError(
+            f"{mixed.path} holds requests of several days, so that days cannot be held out; set holdout.by=request, "
+            "or write a file per day"
+        )
     days = sorted({file.day for file in manifest.files if file.requests})
     if holdout.days >= len(days):
         if side == "evaluation":
@@ -70,7 +77,8 @@ def check_sides(data_set: str, manifest: Manifest, schema: Schema, holdout: Hold
         return
     units = units_of(files)
     refs = [units.ref(unit) for unit in range(len(units.file))]
-    keys = hash_rows(read_units(data_set, refs, schema.keys.request), schema.keys.request)
+    read = read_requests(data_set, refs, schema, columns=schema.keys.request)
+    keys = hash_rows(read.table, schema.keys.request)
     held_out = rows_of_side(keys, holdout, "evaluation")
     assert held_out is not None
     for name, count in (("evaluate", held_out.sum()), ("train", len(held_out) - held_out.sum())):

@@ -15,6 +15,12 @@ import pyarrow as pa
 Integers = npt.NDArray[np.int64]
 
 
+def ranges(starts: Integers, lengths: Integers) -> Integers:
+    """(sum of lengths,) int64: the integers from each start on, so many of them; starts, lengths (B,)."""
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
+
+
 @dataclass(frozen=True)
 class Selection:
     """Chosen values of lists: ``lengths`` (B,) int64, ``index`` (T,) int64 into ``Lists.values``."""
@@ -44,9 +50,7 @@ class Lists:
         limit = last if last is not None else first
         if limit is not None:
             lengths = np.minimum(lengths, limit)
-        before = np.cumsum(lengths) - lengths
-        index = np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
-        return Selection(lengths, index)
+        return Selection(lengths, ranges(starts, lengths))
 
 
 def split_lists(array: pa.Array) -> Lists:

@@ -1,16 +1,18 @@
 """The reading function: a window of row groups in, packed batches out. Pure Arrow and NumPy: no torch, no Ray.
 
-It runs in Ray Data tasks or in a thread of the trainer, with the same result to the bit. Requests are packed
-greedily, in order, up to the budget of impressions; a request above the budget is a batch of its own; packing
-never crosses a window, and nothing is dropped.
+It runs in Ray Data tasks or in a thread of the trainer, with the same result to the bit. Requests are packed in
+order up to the budgets (``budget.py``); packing never crosses a window, and nothing is dropped.
 
-A packed window is a table with a row per batch. Every column but the tags holds, per batch, the flat values of
-one tensor of ``RequestBatch``, so that a tensor is a view of a child buffer:
+A packed window is a table with a row per batch. Every column but the tags and the counts holds, per batch, the
+flat values of one tensor of ``RequestBatch``, so that a tensor is a view of a child buffer:
 
 ``epoch``, ``lane``, ``window``, ``batch``, ``batches``  tags, int64; ``batch`` counts from 0 to ``batches`` - 1
                                    in its window. A window without requests is one row, ``batch`` -1 of 0.
+``requests``, ``users``, ...       int64 counts of the batch (``diagnostics.STATS``); ``skipped_requests``: of
+                                   shards that could not be read, on a window's first row; ``cost`` float64
 ``num_impressions``, ``request_key``, ``user_key``       int64, B_RO values; ``request_time`` float64
 ``impression_index``                                     int64, B_NRO values
+``split``                          int64, B_RO values, only where requests may be split
 ``request_dense``, ``impression_dense``                  float32, rows x width values; only where width > 0
 ``ids:KEY``                        int64, KEY as in ``request_ids`` and ``impression_ids``
 ``lengths:NAME``                   int64: of the lists of a sequence or of a pooled id feature
@@ -20,48 +22,24 @@ one tensor of ``RequestBatch``, so that a tensor is a view of a child buffer:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from roo_ray.config import Holdout
 from roo_ray.errors import DataError
 from roo_ray.ingest.columns import Where, dense_of, ids_of, labels_of, oracle_of, seconds_of
-from roo_ray.ingest.holdout import rows_of_side
-from roo_ray.ingest.lists import Lists, split_lists
-from roo_ray.ingest.plan import Side, Window, permutation
-from roo_ray.ingest.read import NUM_IMPRESSIONS, columns_to_read, read_units
-from roo_ray.requests.hashing import hash_array, hash_rows
-from roo_ray.schema import Feature, Level, Schema
+from roo_ray.ingest.diagnostics import STATS, negative_pairs, user_stats
+from roo_ray.ingest.lists import Lists, ranges, split_lists
+from roo_ray.ingest.plan import Window
+from roo_ray.ingest.window import PackSettings as PackSettings
+from roo_ray.ingest.window import WindowRows, take
+from roo_ray.schema import Feature, Level
 
 Integers = npt.NDArray[np.int64]
 TAGS = ("epoch", "lane", "window", "batch", "batches")
-
-
-@dataclass(frozen=True)
-class PackSettings:
-    """What the reading function needs beside a window."""
-
-    data_set: str
-    schema: Schema
-    holdout: Holdout
-    side: Side
-    batch_impressions: int
-
-
-def batch_bounds(counts: Integers, budget: int) -> Integers:
-    """(batches + 1,) int64: the first request of each batch, and the end, when requests of ``counts`` (B,)
-    impressions are packed in order up to ``budget``; one above the budget is a batch of its own."""
-    ends = np.cumsum(counts)
-    bounds = [0]
-    while bounds[-1] < len(counts):
-        start = bounds[-1]
-        before = int(ends[start - 1]) if start else 0
-        bounds.append(max(int(np.searchsorted(ends, before + budget, side="right")), start + 1))
-    return np.array(bounds, np.int64)
+COUNTS = (*STATS, "skipped_requests", "cost")
 
 
 def _at(lengths: Integers, bounds: Integers) -> Integers:
@@ -69,114 +47,28 @@ def _at(lengths: Integers, bounds: Integers) -> Integers:
     return np.concatenate([[0], np.cumsum(lengths)])[bounds]
 
 
-def _owners(lengths: Integers) -> Callable[[int], int]:
-    """Which list an element of flattened lists is in."""
-    return lambda element: int(np.searchsorted(np.cumsum(lengths), element, side="right"))
-
-
-class _WindowRows:
-    """The requests of a window in packed order: ``rows`` (B,) int64 are their rows in the table as read."""
-
-    def __init__(self, settings: PackSettings, window: Window) -> None:
-        self.settings, self.window, self.schema = settings, window, settings.schema
-        self.table = read_units(settings.data_set, window.units, columns_to_read(self.schema))
-        keys = hash_rows(self.table, self.schema.keys.request)
-        mine = rows_of_side(keys, settings.holdout, settings.side)
-        self.rows = np.arange(self.table.num_rows) if mine is None else np.flatnonzero(mine)
-        if window.shuffle is not None:
-            self.rows = self.rows[permutation(len(self.rows), window.shuffle)]
-        self.keys = keys[self.rows].view(np.int64)  # (B,)
-        self.counts = self._counts()  # (B,)
-        self._aligned: tuple[Integers, Integers] | None = None
-
-    def column(self, name: str) -> pa.Array:
-        """A column as read, as one array."""
-        column = self.table.column(name)
-        array = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
-        if pa.types.is_fixed_size_list(array.type):
-            array = array.cast(pa.list_(array.type.value_type))
-        return array
-
-    def values(self, name: str) -> pa.Array:
-        """(B,): a request-level column in packed order."""
-        return self.column(name).take(pa.array(self.rows))
-
-    def where(self, request: int) -> str:
-        """Names a request, by its place in packed order, and its file: for error messages."""
-        if not len(self.rows):
-            return self.settings.data_set
-        row = int(self.rows[request])
-        key = ", ".join(f"{name}={self.table.column(name)[row]}" for name in self.schema.keys.request)
-        ends = np.cumsum([unit.requests for unit in self.window.units])
-        path = self.window.units[int(np.searchsorted(ends, row, side="right"))].path
-        return f"request {key} of {self.settings.data_set}/{path}"
-
-    def _counts(self) -> Integers:
-        column = self.values(NUM_IMPRESSIONS)
-        counts = np.asarray(column.fill_null(0)).astype(np.int64)
-        if (counts < 1).any():
-            at = int(np.argmax(counts < 1))
-            raise DataError(
-                f"column '{NUM_IMPRESSIONS}' is {column[at]} in {self.where(at)}; a request has at least one "
-                "impression: build the data set again"
-            )
-        return counts
-
-    def lists(self, name: str) -> Lists:
-        """The lists of a column as read (in stored order). Raises DataError where it holds no lists."""
-        array = self.column(name)
-        try:
-            return split_lists(array)
-        except TypeError:
-            raise DataError(
-                f"column '{name}' holds {array.type}, and the schema needs a list per request, in "
-                f"{self.where(0)}; correct the schema, or build the data set again with it"
-            ) from None
-
-    def _index(self, lists: Lists) -> Integers:
-        """(B_NRO,) int64 into the flat values; aligned columns, whose lists lie alike, share one index."""
-        if self._aligned is None or not np.array_equal(self._aligned[0], lists.starts):
-            self._aligned = (lists.starts, lists.select(self.rows).index)
-        return self._aligned[1]
-
-    def impressions(self, name: str) -> tuple[pa.Array, Integers]:
-        """(flat values as read, index (B_NRO,) into them of each impression in packed order).
-
-        Raises DataError where a request's list is not as long as its number of impressions.
-        """
-        lists = self.lists(name)
-        lengths = lists.lengths[self.rows]
-        wrong = lengths != self.counts
-        if wrong.any():
-            at = int(np.argmax(wrong))
-            raise DataError(
-                f"column '{name}' has {lengths[at]} values for {self.counts[at]} impressions in "
-                f"{self.where(at)}; build the data set again"
-            )
-        return lists.values, self._index(lists)
-
-    def where_impression(self, impression: int) -> str:
-        """Names the request of an impression, by its place in packed order."""
-        return self.where(_owners(self.counts)(impression))
-
-    def where_element(self, lengths: Integers, list_where: Where) -> Where:
-        """Names an element of flattened lists of ``lengths`` by what names its list."""
-        owner = _owners(lengths)
-        return lambda element: list_where(owner(element))
-
-
-def _take(values: pa.Array, index: Integers) -> pa.Array:
-    return values.take(pa.array(index))
-
-
 class _Packer:
-    """Collects the columns of a packed window."""
+    """Collects the columns of a packed window. ``user_rows``: the rows of the table as read that request-level
+    values come from: a row per request, or per impression in the impression-level form."""
 
-    def __init__(self, rows: _WindowRows, bounds: Integers) -> None:
+    def __init__(self, rows: WindowRows) -> None:
         self.rows, self.schema = rows, rows.schema
-        self.of_requests = bounds  # (batches + 1,) first request of each batch
-        self.of_impressions = _at(rows.counts, bounds)  # (batches + 1,)
+        bounds = rows.bounds if len(rows.bounds) > 1 else np.zeros(2, np.int64)  # one row with empty lists
+        self.of_impressions = _at(rows.counts, bounds)  # (batches + 1,) first impression of each batch
+        self.exploded = rows.settings.form == "impression"
+        # (batches + 1,) where request-level values of each batch begin
+        self.of_requests = self.of_impressions if self.exploded else bounds
+        self.user_rows = self.per_user(rows.rows)
         self.columns: dict[str, pa.Array] = {}
+        self.items: Integers | None = None
+
+    def per_user(self, values: Integers) -> Integers:
+        """Values (B,) of requests as the form of the batch has them."""
+        return np.repeat(values, self.rows.counts) if self.exploded else values
+
+    def where_user(self, place: int) -> str:
+        """Names the request of a request-level value."""
+        return self.rows.where_row(int(self.user_rows[place])) if len(self.user_rows) else self.rows.where(0)
 
     def add(self, name: str, values: npt.NDArray[np.generic], bounds: Integers) -> None:
         """Adds a column: values (T, ...) of all batches, cut at ``bounds`` (batches + 1,) of their rows."""
@@ -189,11 +81,11 @@ class _Packer:
         parts = []
         for feature in self.schema.select(level, "dense"):
             for name in feature.columns:
-                where: Where = self.rows.where
+                where: Where = self.where_user
                 if level == "request":
-                    values = self.rows.values(name)
+                    values = take(self.rows.column(name), self.user_rows)
                 else:
-                    values, where = _take(*self.rows.impressions(name)), self.rows.where_impression
+                    values, where = take(*self.rows.impressions(name)), self.rows.where_impression
                 parts.append(dense_of(values, name, where, feature.fill, feature.scale))
         if parts:
             bounds = self.of_requests if level == "request" else self.of_impressions
@@ -206,7 +98,7 @@ class _Packer:
         table = self.schema.tables[feature.table]
         where: Where
         if feature.level == "request":
-            stored, index, bounds, where = rows.column(name), rows.rows, self.of_requests, rows.where
+            stored, index, bounds, where = rows.column(name), self.user_rows, self.of_requests, self.where_user
         else:
             stored, index = rows.impressions(name)
             bounds, where = self.of_impressions, rows.where_impression
@@ -216,8 +108,10 @@ class _Packer:
                     f"column '{name}' holds lists, and feature '{feature.name}' takes one id, in {where(0)}; "
                     "give the feature a pooling (sum or mean)"
                 )
-            values = ids_of(_take(stored, index), name, feature.table, table, where, feature.fill_id)
+            values = ids_of(take(stored, index), name, feature.table, table, where, feature.fill_id)
             self.add(f"ids:{feature.name}", values, bounds)
+            if feature.level == "impression" and self.items is None:
+                self.items = values
             return
         try:
             bags = split_lists(stored)
@@ -225,33 +119,33 @@ class _Packer:
             bags = Lists.of_scalars(stored)
         chosen = bags.select(index, first=feature.max_length)
         where = rows.where_element(chosen.lengths, where)
-        values = ids_of(_take(bags.values, chosen.index), name, feature.table, table, where, feature.fill_id)
+        values = ids_of(take(bags.values, chosen.index), name, feature.table, table, where, feature.fill_id)
         self.add(f"lengths:{feature.name}", chosen.lengths, bounds)
         self.add(f"ids:{feature.name}", values, _at(chosen.lengths, bounds))
 
     def sequence(self, feature: Feature) -> None:
         """An event sequence: aligned columns, cut to the last ``max_length`` events."""
         rows = self.rows
-        lengths = rows.lists(feature.source_columns[0]).lengths[rows.rows]
+        lengths = rows.lists(feature.source_columns[0]).lengths[self.user_rows]
         cut: tuple[Integers, Integers] | None = None  # the starts of lists, and the index that they give
 
         def events(name: str) -> pa.Array:
             nonlocal cut
             lists = rows.lists(name)
-            own = lists.lengths[rows.rows]
+            own = lists.lengths[self.user_rows]
             if (own != lengths).any():
                 at = int(np.argmax(own != lengths))
                 raise DataError(
                     f"sequence '{feature.name}': column '{name}' has {own[at]} events and "
-                    f"'{feature.source_columns[0]}' {lengths[at]} in {rows.where(at)}; the columns "
+                    f"'{feature.source_columns[0]}' {lengths[at]} in {self.where_user(at)}; the columns "
                     "of a sequence must be aligned"
                 )
             if cut is None or not np.array_equal(cut[0], lists.starts):
-                cut = (lists.starts, lists.select(rows.rows, last=feature.max_length).index)
-            return _take(lists.values, cut[1])
+                cut = (lists.starts, lists.select(self.user_rows, last=feature.max_length).index)
+            return take(lists.values, cut[1])
 
         kept = np.minimum(lengths, feature.max_length or 0)
-        bounds, where = _at(kept, self.of_requests), rows.where_element(kept, rows.where)
+        bounds, where = _at(kept, self.of_requests), rows.where_element(kept, self.where_user)
         self.add(f"lengths:{feature.name}", kept, self.of_requests)
         for event in feature.sequence_ids:
             assert event.table is not None
@@ -271,12 +165,12 @@ class _Packer:
         """Labels with their weights, and true probabilities where the schema names any."""
         rows, values, weights, oracles = self.rows, [], [], []
         for label in self.schema.labels:
-            flat = _take(*rows.impressions(label.column))
+            flat = take(*rows.impressions(label.column))
             value, weight = labels_of(flat, label.column, rows.where_impression)
             values.append(value)
             weights.append(weight)
             if label.oracle:
-                oracles.append(oracle_of(_take(*rows.impressions(label.oracle)), label.oracle))
+                oracles.append(oracle_of(take(*rows.impressions(label.oracle)), label.oracle))
             else:
                 oracles.append(np.full(len(value), np.nan, np.float32))
         self.add("labels", np.stack(values, 1), self.of_impressions)
@@ -287,14 +181,14 @@ class _Packer:
     def pack(self) -> dict[str, pa.Array]:
         """All columns but the tags."""
         rows, keys = self.rows, self.schema.keys
-        starts = np.cumsum(rows.counts) - rows.counts
-        index = np.arange(int(rows.counts.sum())) - np.repeat(starts, rows.counts)
-        users = hash_array(rows.values(keys.user)).view(np.int64)
-        self.add("num_impressions", rows.counts, self.of_requests)
-        self.add("request_key", rows.keys, self.of_requests)
-        self.add("user_key", users, self.of_requests)
-        self.add("request_time", seconds_of(rows.values(keys.time), keys.time, rows.where), self.of_requests)
-        self.add("impression_index", index, self.of_impressions)
+        self.add("num_impressions", np.ones_like(self.user_rows) if self.exploded else rows.counts, self.of_requests)
+        self.add("request_key", self.per_user(rows.keys), self.of_requests)
+        self.add("user_key", self.per_user(rows.users), self.of_requests)
+        times = seconds_of(take(rows.column(keys.time), self.user_rows), keys.time, self.where_user)
+        self.add("request_time", times, self.of_requests)
+        self.add("impression_index", ranges(rows.first, rows.counts), self.of_impressions)
+        if rows.mark is not None:
+            self.add("split", self.per_user(rows.mark), self.of_requests)
         self.dense("request")
         self.dense("impression")
         for feature in self.schema.features:
@@ -303,7 +197,27 @@ class _Packer:
             elif feature.kind == "sequence":
                 self.sequence(feature)
         self.labels()
-        return self.columns
+        return self.counts() | self.columns
+
+    def counts(self) -> dict[str, pa.Array]:
+        """The counts of each batch, for metrics."""
+        rows, batches = self.rows, len(self.of_impressions) - 1
+        counted = dict.fromkeys(STATS, np.zeros(batches, np.int64))
+        cost, skipped = np.zeros(batches), np.zeros(batches, np.int64)
+        skipped[0] = rows.skipped
+        if len(rows.rows):
+            cost = rows.batch_costs
+            whole = np.ones(len(rows.rows), np.int64) if rows.mark is None else (rows.mark < 2).astype(np.int64)
+            counted["requests"] = np.add.reduceat(whole, rows.bounds[:-1])
+            counted["users"], counted["crowded"] = user_stats(rows.bounds, rows.users, rows.settings.interleave)
+            if self.items is not None:
+                positive = np.flatnonzero(self.columns["labels"].values.to_numpy()[:: len(self.schema.labels)])
+                batch = np.searchsorted(self.of_impressions, positive, side="right") - 1
+                users = rows.users[np.searchsorted(np.cumsum(rows.counts), positive, side="right")]
+                pairs = negative_pairs(batch, users, self.items[positive], batches)
+                counted["negative_pairs"], counted["false_pairs"] = pairs
+        named = counted | {"skipped_requests": skipped, "cost": cost}
+        return {name: pa.array(values) for name, values in named.items()}
 
 
 def _tags(window: Window, batches: int) -> dict[str, pa.Array]:
@@ -323,9 +237,5 @@ def pack_window(settings: PackSettings, window: Window) -> pa.Table:
 
     Raises DataError that names the file, and for a wrong value the column and the request.
     """
-    rows = _WindowRows(settings, window)
-    bounds = batch_bounds(rows.counts, settings.batch_impressions)
-    batches = len(bounds) - 1
-    if not batches:
-        bounds = np.zeros(2, np.int64)  # one row with empty lists
-    return pa.table(_tags(window, batches) | _Packer(rows, bounds).pack())
+    rows = WindowRows(settings, window)
+    return pa.table(_tags(window, len(rows.bounds) - 1) | _Packer(rows).pack())

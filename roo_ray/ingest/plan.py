@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,43 +20,49 @@ import numpy as np
 import numpy.typing as npt
 
 from roo_ray.config import Holdout, Ingest
-from roo_ray.errors import ConfigError
+from roo_ray.errors import ConfigError, DataError
 from roo_ray.requests.hashing import mix64
 from roo_ray.requests.manifest import Manifest, ShardFile
 from roo_ray.schema import Schema
 
-Mode = Literal["shuffled", "sequential"]
+Mode = Literal["shuffled", "time", "sequential"]
 Side = Literal["train", "evaluation"]
 Integers = npt.NDArray[np.int64]
 
-PLAN_FORMAT = 1
+PLAN_FORMAT = 2
 """Raised whenever the same inputs would give another stream, so that a resume across it is refused."""
 
 
 @dataclass(frozen=True)
 class UnitRef:
-    """A row group to read: ``path`` relative to the data set, ``requests`` in it as the manifest counts."""
+    """A row group to read: ``path`` relative to the data set, ``requests`` in it as the manifest counts.
+    ``rows``: of a unit of an impression table, the first row in the file and how many."""
 
     path: str
     row_group: int
     requests: int
+    rows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class Window:
     """What a lane reads at a time: some units, shuffled together. ``index``: its place in the lane.
-    ``shuffle``: seed of the shuffle of its requests, None for the stored order."""
+    ``shuffle``: seed of the shuffle of its requests, None for the stored order. ``by_time``: requests are put in
+    order of their time."""
 
     epoch: int
     lane: int
     index: int
     units: tuple[UnitRef, ...]
     shuffle: int | None
+    by_time: bool = False
 
 
 @dataclass(frozen=True)
 class Units:
-    """The row groups of some shard files, in stored order, as columns: all arrays are (U,) int64."""
+    """The row groups of some shard files, in stored order, as columns: all arrays are (U,) int64, but the times
+    of the first and last request, (U,) float64 seconds: the unit's where the manifest knows them, else the
+    file's. ``first_row``: of a unit of an impression table, its first row in the file; -1 in request shards."""
 
     paths: tuple[str, ...]
     file: Integers
@@ -64,22 +70,39 @@ class Units:
     requests: Integers
     impressions: Integers
     tokens: Integers
+    first_row: Integers
+    time_min: npt.NDArray[np.float64]
+    time_max: npt.NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.file)
 
     def ref(self, unit: int) -> UnitRef:
         """The unit's name, as the reader takes it."""
-        return UnitRef(self.paths[self.file[unit]], int(self.row_group[unit]), int(self.requests[unit]))
+        first = int(self.first_row[unit])
+        rows = (first, int(self.impressions[unit])) if first >= 0 else None
+        return UnitRef(self.paths[self.file[unit]], int(self.row_group[unit]), int(self.requests[unit]), rows)
 
 
 def units_of(files: Sequence[ShardFile]) -> Units:
     """The units of shard files, in the files' order. Units without requests are left out: nothing to read."""
     rows = [
-        (f, g, unit.requests, unit.impressions, unit.tokens)
+        (f, g, unit.requests, unit.impressions, unit.tokens, -1 if unit.first_row is None else unit.first_row)
         for f, file in enumerate(files)
         for g, unit in enumerate(file.units)
         if unit.requests
     ]
-    columns = np.array(rows, np.int64).reshape(-1, 5).T
-    return Units(tuple(file.path for file in files), *columns)
+    times = [
+        (getattr(unit, "time_min", None), getattr(unit, "time_max", None), file.time_min, file.time_max)
+        for file in files
+        for unit in file.units
+        if unit.requests
+    ]
+    of_file, group, requests, impressions, tokens, first_row = np.array(rows, np.int64).reshape(-1, 6).T
+    ranges = [(f0 if u0 is None else u0, f1 if u1 is None else u1) for u0, u1, f0, f1 in times]
+    first, last = np.array(ranges, np.float64).reshape(-1, 2).T
+    paths = tuple(file.path for file in files)
+    return Units(paths, of_file, group, requests, impressions, tokens, first_row, first, last)
 
 
 # ---- seeded randomness ----------------------------------------------------------------------------------
@@ -127,6 +150,38 @@ def deal(costs: npt.NDArray[np.float64], order: Integers, lanes: int) -> tuple[I
     return tuple(order[lane_of == lane] for lane in range(lanes))
 
 
+def time_order(units: Units) -> Integers:
+    """(U,) int64: the units in order of time. Raises DataError where the layout is not time-ordered: where the
+    times of two units overlap."""
+    order = np.lexsort([units.time_max, units.time_min])
+    early, late = order[:-1], order[1:]
+    overlap = np.flatnonzero(units.time_max[early] > units.time_min[late])
+    if len(overlap):
+        one, other = units.ref(int(early[overlap[0]])), units.ref(int(late[overlap[0]]))
+        raise DataError(
+            f"ingest.mode=time needs a time-ordered layout, and {len(overlap)} of {max(len(units) - 1, 1)} "
+            f"neighbouring units overlap in time, the first: {one.path} row group {one.row_group} and {other.path} "
+            f"row group {other.row_group}; build the data set in order of time, with time ranges per unit in its "
+            "manifest or one row group per file, or set ingest.mode=shuffled"
+        )
+    return order
+
+
+def deal_in_rounds(costs: npt.NDArray[np.float64], order: Integers, lanes: int) -> tuple[Integers, ...]:
+    """Deals each run of V consecutive units, one to every lane, the largest to the lane with the least cost so
+    far: all lanes are at about the same place of ``order`` at every step."""
+    loads = np.zeros(lanes)
+    dealt: list[list[int]] = [[] for _ in range(lanes)]
+    for start in range(0, len(order), lanes):
+        run = order[start : start + lanes]
+        largest_first = run[np.argsort(-costs[run], kind="stable")]
+        least_first = np.argsort(loads, kind="stable")[: len(run)]
+        loads[least_first] += costs[largest_first]
+        for lane, unit in zip(least_first.tolist(), largest_first.tolist(), strict=True):
+            dealt[lane].append(unit)
+    return tuple(np.array(of, np.int64) for of in dealt)
+
+
 @dataclass(frozen=True)
 class EpochPlan:
     """Which units each lane reads in an epoch, in order. ``lanes``: one array of unit indices per lane."""
@@ -147,27 +202,60 @@ class EpochPlan:
         chosen = self.lanes[lane][index * self.window_units : (index + 1) * self.window_units]
         shuffle = derive_seed(self.seed, self.epoch, lane, index) if self.mode == "shuffled" else None
         refs = tuple(self.units.ref(unit) for unit in chosen)
-        return Window(self.epoch, lane, index, refs, shuffle)
+        return Window(self.epoch, lane, index, refs, shuffle, self.mode == "time")
 
-    def reading_order(self, lanes: Iterable[int]) -> list[Window]:
+    def reading_order(self, lanes: Iterable[int], start: Position | None = None) -> Iterator[Window]:
         """The windows of some lanes, in the order in which a consumer that takes one batch of every lane per
-        step comes to need them: by the lane's impressions before the window."""
-        starts = []
+        step comes to need them: by the lane's impressions before the window. From ``start``, if it is of this
+        epoch: only windows that are not done are read. Made one by one: a large epoch has many."""
+        keys = []
         for lane in lanes:
+            windows = np.arange(start.window(self.epoch, lane) if start else 0, self.num_windows(lane))
             before = np.concatenate([[0], np.cumsum(self.units.impressions[self.lanes[lane]])])
-            starts += [(int(before[index * self.window_units]), lane, index) for index in range(self.num_windows(lane))]
-        return [self.window(lane, index) for _, lane, index in sorted(starts)]
+            begun = before[windows * self.window_units]
+            keys.append(np.stack([begun - (begun[0] if len(begun) else 0), np.full(len(windows), lane), windows]))
+        if not keys:
+            return
+        _, lane_of, index_of = joined = np.concatenate(keys, 1)  # (3, windows)
+        for at in np.lexsort(joined[::-1]).tolist():
+            yield self.window(int(lane_of[at]), int(index_of[at]))
 
 
 def plan_epoch(
     units: Units, *, seed: int, epoch: int, lanes: int, window_units: int, mode: Mode = "shuffled"
 ) -> EpochPlan:
     """The plan of an epoch. ``shuffled``: units in an order seeded by (seed, epoch), requests shuffled within
-    windows. ``sequential``: everything in stored order, consecutive units across the lanes."""
-    count = len(units.file)
-    order = permutation(count, derive_seed(seed, epoch)) if mode == "shuffled" else np.arange(count)
-    dealt = deal(unit_costs(units), order, lanes)
+    windows. ``time``: units and the requests in them by time, every V consecutive units across the V lanes.
+    ``sequential``: everything in stored order, consecutive units across the lanes.
+
+    Raises DataError for ``time`` where the layout is not time-ordered.
+    """
+    costs = unit_costs(units)
+    if mode == "time":
+        dealt = deal_in_rounds(costs, time_order(units), lanes)
+    else:
+        shuffled = mode == "shuffled"
+        order = permutation(len(units), derive_seed(seed, epoch)) if shuffled else np.arange(len(units))
+        dealt = deal(costs, order, lanes)
     return EpochPlan(epoch, units, dealt, window_units, mode, seed)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where an epoch stands: per lane the window in progress and the batches taken in it. All lanes of the run
+    are in it, whoever owns them: it does not depend on the number of ranks."""
+
+    epoch: int
+    lanes: tuple[tuple[int, int], ...]
+
+    def window(self, epoch: int, lane: int) -> int:
+        """The first window of the lane that is still to be read in ``epoch``."""
+        return self.lanes[lane][0] if epoch == self.epoch else 0
+
+    def taken(self, epoch: int, lane: int, window: int) -> int:
+        """How many batches of a window were taken before."""
+        at, batches = self.lanes[lane]
+        return batches if (epoch, window) == (self.epoch, at) else 0
 
 
 def lanes_of_rank(rank: int, world_size: int, lanes: int) -> list[int]:
@@ -184,18 +272,32 @@ def lanes_of_rank(rank: int, world_size: int, lanes: int) -> list[int]:
 
 
 def plan_inputs(
-    manifest: Manifest, schema: Schema, ingest: Ingest, holdout: Holdout, side: Side, seed: int, mode: Mode
+    manifest: Manifest,
+    schema: Schema,
+    ingest: Ingest,
+    holdout: Holdout,
+    side: Side,
+    seed: int,
+    mode: Mode,
+    cost: Sequence[float] | None = None,
 ) -> dict[str, Any]:
-    """Everything that the stream is a function of, besides the epoch; JSON values. The reader, the prefetch
-    and the number of ranks are not in it."""
+    """Everything that the stream is a function of, besides the epoch; JSON values. The reader, the prefetch and
+    the number of ranks are not in it, and the model's ``cost`` coefficients only where they cut batches."""
     return {
         "format": PLAN_FORMAT,
         "data_version": manifest.version,
         "data_digest": manifest.digest(),
         "schema_digest": schema.digest,
+        "truncation": {f.name: f.max_length for f in schema.features if f.max_length is not None},
         "lanes": ingest.lanes,
         "batch_impressions": ingest.batch_impressions,
+        "batch_cost": ingest.batch_cost,
+        "cost_coefficients": [float(c) for c in cost] if cost is not None and ingest.batch_cost else None,
+        "oversize": ingest.oversize,
+        "interleave": ingest.interleave,
         "window_units": ingest.window_units,
+        "drop_last": ingest.drop_last,
+        "on_bad_shard": ingest.on_bad_shard,
         "holdout": holdout.model_dump(mode="json"),
         "side": side,
         "seed": seed,
@@ -209,3 +311,9 @@ def plan_digest(
     """A short stable digest of ``plan_inputs``: equal digests mean the identical stream."""
     inputs = plan_inputs(manifest, schema, ingest, holdout, side, seed, mode)
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two plans' inputs, a phrase each; empty where the stream is the same."""
+    names = [*now, *(name for name in before if name not in now)]
+    return [f"{n} was {before.get(n)} and is {now.get(n)}" for n in names if before.get(n) != now.get(n)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -25,6 +25,15 @@ def columns_to_read(schema: Schema) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+FOOTERS = 512
+_footers: dict[tuple[str, str, int, int], pq.FileMetaData] = {}
+"""Footers of files of this process, by what they are of: a file's units are read in many windows."""
+
+
+class BadShard(DataError):
+    """A file that is missing, damaged, or not what the manifest says."""
+
+
 class UnitReader:
     """Reads units of one data set; keeps the last file open, as units of a window are often neighbours."""
 
@@ -39,7 +48,20 @@ class UnitReader:
             return self._open[1]
         local = isinstance(self.filesystem, pafs.LocalFileSystem)
         source = self.filesystem.open_input_file(f"{self.base}/{path}")
-        file = pq.ParquetFile(source, pre_buffer=not local)
+        info = self.filesystem.get_file_info(f"{self.base}/{path}")
+        key = (self.data_set, path, info.size, info.mtime_ns)
+        file = pq.ParquetFile(source, pre_buffer=not local, metadata=_footers.get(key))
+        if key not in _footers:
+            if len(_footers) >= FOOTERS:
+                _footers.pop(next(iter(_footers)), None)
+            _footers[key] = file.metadata
+        there = set(file.schema_arrow.names)
+        missing = [c for c in self.columns if c not in there]
+        if missing:
+            raise DataError(
+                f"{self.data_set}/{path} has no column {', '.join(missing)}, which the schema reads; use the schema "
+                "that the data set was built with, or build it again with this one"
+            )
         self._open = (path, file)
         return file
 
@@ -49,33 +71,24 @@ class UnitReader:
         rebuild = "the data set's files must stay as they were published; restore it or build the data set again"
         try:
             file = self._file(unit.path)
-            missing = [c for c in self.columns if c not in file.schema_arrow.names]
-            if missing:
-                raise DataError(
-                    f"{name} has no column {', '.join(missing)}, which the schema reads; use the schema that "
-                    "the data set was built with, or build it again with this one"
-                )
             if unit.row_group >= file.metadata.num_row_groups:
-                raise DataError(f"{name} has no row group {unit.row_group}, which the manifest lists; {rebuild}")
+                raise BadShard(f"{name} has no row group {unit.row_group}, which the manifest lists; {rebuild}")
             table = file.read_row_group(unit.row_group, columns=self.columns, use_threads=False)
         except FileNotFoundError:
-            raise DataError(f"{name} is missing; {rebuild}") from None
+            raise BadShard(f"{name} is missing; {rebuild}") from None
         except (OSError, pa.ArrowException) as error:
             reason = " ".join(str(error).split())[:200]
-            raise DataError(f"{name} cannot be read, it is truncated or damaged ({reason}); {rebuild}") from None
+            raise BadShard(f"{name} cannot be read, it is truncated or damaged ({reason}); {rebuild}") from None
         if table.num_rows != unit.requests:
-            raise DataError(
+            raise BadShard(
                 f"{name}, row group {unit.row_group}: {table.num_rows} requests, the manifest says "
                 f"{unit.requests}; {rebuild}"
             )
         return table
 
 
-def read_units(data_set: str, units: Iterable[UnitRef], columns: Sequence[str]) -> pa.Table:
-    """The rows of several units, one after the other, as one table. At least one unit."""
-    reader = UnitReader(data_set, columns)
-    units = list(units)
-    tables = [reader.read(unit) for unit in units]
+def join_units(data_set: str, tables: Sequence[pa.Table], units: Sequence[UnitRef]) -> pa.Table:
+    """The tables of units, one after the other. Raises DataError where their types do not fit each other."""
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:

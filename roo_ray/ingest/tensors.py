@@ -13,25 +13,30 @@ import torch
 from torch import Tensor
 
 from roo_ray.ingest.batch import Jagged, RequestBatch, impression_id_keys, request_id_keys
-from roo_ray.ingest.pack import TAGS
+from roo_ray.ingest.pack import COUNTS, TAGS
 from roo_ray.schema import Schema
 
 
 class PackedBatches:
-    """The batches of a packed table (``pack.py``): ``tags`` are its tag columns, ``batch(row)`` its batches."""
+    """The batches of a packed table (``pack.py``): ``tags`` and ``counts`` are its columns of one value per batch,
+    ``batch(row)`` its batches."""
 
     def __init__(self, table: pa.Table, schema: Schema) -> None:
         table = table.combine_chunks()  # no copy where Ray delivers a block in one piece
         self.schema = schema
         self.rows = table.num_rows
         self.tags: dict[str, npt.NDArray[np.int64]] = {tag: table.column(tag).to_numpy() for tag in TAGS}
+        self.counts: dict[str, list[float]] = {name: table.column(name).to_numpy().tolist() for name in COUNTS}
+        self._single = {f.name for f in schema.features if f.kind == "ids" and f.pooling == "none"}
         self._values: dict[str, Tensor] = {}
         self._offsets: dict[str, list[int]] = {}
         for name in table.column_names:
-            if name not in TAGS:
+            if name not in self.tags and name not in self.counts:
                 lists = table.column(name).chunk(0)
                 self._values[name] = torch.from_dlpack(lists.values)
-                self._offsets[name] = lists.offsets.to_pylist()
+                self._offsets[name] = lists.offsets.to_numpy().tolist()
+        longest = [max(np.diff(self._offsets[name]), default=0) for name in ("num_impressions", "impression_index")]
+        self._ones = torch.ones(int(max(longest, default=0)), dtype=torch.int64)
 
     def _flat(self, name: str, row: int) -> Tensor:
         offsets = self._offsets[name]
@@ -47,12 +52,11 @@ class PackedBatches:
         requests, tasks = len(num_impressions), len(schema.labels)
         labels = self._flat("labels", row).view(-1, tasks)  # (B_NRO, K)
         impressions = len(labels)
-        single = {f.name for f in schema.features if f.kind == "ids" and f.pooling == "none"}
 
         def ids(key: str, rows: int) -> Jagged:
             values = self._flat(f"ids:{key}", row)  # (T,)
-            if key in single:
-                return Jagged(values, torch.ones(rows, dtype=torch.int64))
+            if key in self._single:
+                return Jagged(values, self._ones[:rows])
             return Jagged(values, self._flat(f"lengths:{key.split('.')[0]}", row))
 
         def sequence_dense(name: str, width: int) -> Tensor:
@@ -76,4 +80,5 @@ class PackedBatches:
             oracle=self._flat("oracle", row).view(-1, tasks)
             if "oracle" in self._values
             else torch.full((impressions, tasks), float("nan")),
+            split=self._flat("split", row) if "split" in self._values else None,
         )

@@ -32,8 +32,16 @@ class RankingMetrics:
     def _states(self) -> list[Tensor]:
         return [self.entropy, self.grouped, self.histogram, self.reliability]
 
-    def update(self, logits: Tensor, labels: Tensor, weights: Tensor, num_impressions: Tensor) -> None:
-        """Adds a batch: logits, labels, weights (B_NRO, K), num_impressions (B_RO,) int64.
+    def update(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        num_impressions: Tensor,
+        split: Tensor | None = None,
+    ) -> None:
+        """Adds a batch: logits, labels, weights (B_NRO, K), num_impressions (B_RO,) int64. ``split`` (B_RO,): as in
+        ``RequestBatch``; GAUC skips (and counts as skipped) a request that is split, as half of it has another AUC.
 
         A weight above 0 means that the label is known; unknown and dummy rows have weight 0 and are not looked
         at. Logits are taken as float32; an infinite one counts as 1e30 in the log loss. On an error nothing
@@ -46,7 +54,13 @@ class RankingMetrics:
         num_impressions = num_impressions.to(self.device)
         self._check(logits, labels, known, num_impressions)
         self.entropy += normalized_entropy.batch_state(logits, labels, known)
-        self.grouped += gauc.batch_state(logits, labels, known, num_impressions)
+        whole = known
+        if split is not None:
+            split = split.to(self.device)
+            part = torch.repeat_interleave(split > 0, num_impressions, output_size=known.shape[0])
+            whole = known * ~part[:, None]
+            self.grouped[gauc.SKIPPED] += (split == 1).sum()
+        self.grouped += gauc.batch_state(logits, labels, whole, num_impressions)
         auc.add_to_histogram(self.histogram, logits, labels, known)
         self.reliability += calibration.batch_reliability(logits, labels, known)
 

@@ -24,11 +24,14 @@ FORMAT = 1
 
 
 class Unit(Strict):
-    """A row group: the smallest thing that is read. ``tokens``: history events of all its requests."""
+    """A row group: the smallest thing that is read. ``tokens``: history events of all its requests.
+    ``first_row``: of a unit of an impression table (``ingest/clustered.py``), its first row in the file; its
+    rows are its impressions."""
 
     requests: int
     impressions: int
     tokens: int
+    first_row: int | None = None
 
 
 class ShardFile(Strict):

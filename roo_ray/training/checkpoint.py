@@ -53,6 +53,9 @@ _ALLOWED = {
 class RunState(Strict):
     """Where a run stands. ``epoch``: epochs done; ``step``: steps done in all; the rest says what the weights
     belong to, so that a checkpoint alone can be evaluated. ``plan``: what decides the order of the data.
+    ``position``: within an epoch, where it stands: per lane (window in progress, batches taken in it), whatever
+    the number of ranks. ``trained``: of that epoch so far, or of the last whole one: requests, impressions and
+    the sum of the request keys modulo 2^64, which tells whether two runs saw the same requests.
     ``metrics``: the last held-out metrics."""
 
     epoch: int
@@ -62,6 +65,8 @@ class RunState(Strict):
     data_version: int
     data_digest: str
     plan: dict[str, Any]
+    position: list[tuple[int, int]] | None = None
+    trained: dict[str, int] = Field(default_factory=dict)
     metrics: dict[str, float | None] = Field(default_factory=dict)
 
     def request_schema(self) -> Schema:

@@ -21,7 +21,8 @@ from roo_ray import session
 from roo_ray.config import Config
 from roo_ray.errors import ConfigError, RooError
 from roo_ray.ingest.holdout import check_sides
-from roo_ray.ingest.plan import plan_inputs
+from roo_ray.ingest.plan import differences, plan_inputs
+from roo_ray.models.cost import cost_coefficients
 from roo_ray.requests.manifest import Manifest, load_manifest
 from roo_ray.schema import Schema
 from roo_ray.storage import open_filesystem
@@ -74,16 +75,27 @@ def mean_ids_per_request(schema: Schema, manifest: Manifest) -> dict[str, float]
     return means
 
 
+def mean_requests_per_batch(config: Config, manifest: Manifest) -> float:
+    """How many mean requests fill a lane's batch."""
+    impressions = max(manifest.impressions / max(manifest.requests, 1), 1.0)
+    tokens = manifest.tokens / max(manifest.requests, 1)
+    one, t, tt, n, nt = cost_coefficients(config.request_schema, config.model)
+    cost = one + t * tokens + tt * tokens * tokens + n * impressions + nt * impressions * tokens
+    ingest = config.ingest
+    fits = [ingest.batch_impressions / impressions] if ingest.batch_impressions else []
+    fits += [ingest.batch_cost / cost] if ingest.batch_cost else []
+    return max(min(fits), 1.0)
+
+
 def make_job(config: Config, manifest: Manifest, mode: Any, run: RunHandle, board: Any) -> WorkerJob:
     """What the workers get."""
-    impressions_per_request = max(manifest.impressions / max(manifest.requests, 1), 1.0)
     return WorkerJob(
         mode=mode,
         config=config,
         data_version=manifest.version,
         data_digest=manifest.digest(),
         ids_per_request=mean_ids_per_request(config.request_schema, manifest),
-        requests_per_step=config.ingest.lanes * config.ingest.batch_impressions / impressions_per_request,
+        requests_per_step=config.ingest.lanes * mean_requests_per_batch(config, manifest),
         run=run,
         board=board,
         plan=order_of_data(config, manifest),
@@ -194,8 +206,9 @@ def train(config: Config, run_name: str, say: Say) -> TrainingResult:
 
 def order_of_data(config: Config, manifest: Manifest) -> dict[str, Any]:
     """All that decides in which order a run's data comes."""
-    schema, seed = config.request_schema, config.training.seed
-    return plan_inputs(manifest, schema, config.ingest, config.holdout, "train", seed, "shuffled")
+    schema, seed, ingest = config.request_schema, config.training.seed, config.ingest
+    cost = cost_coefficients(schema, config.model)
+    return plan_inputs(manifest, schema, ingest, config.holdout, "train", seed, ingest.mode, cost)
 
 
 def refuse_another_run(config: Config, run_name: str, plan: dict[str, Any]) -> None:
@@ -218,7 +231,7 @@ def refuse_another_run(config: Config, run_name: str, plan: dict[str, Any]) -> N
         )
     with filesystem.open_input_stream(path) as stream:
         before = json.loads(stream.read())
-    changed = [f"{name} was {before.get(name)} and is {plan[name]}" for name in plan if before.get(name) != plan[name]]
+    changed = differences(before, plan)
     if changed:
         raise ConfigError(
             f"run '{run_name}' exists and cannot go on, because its data would come in another order: "

@@ -22,12 +22,16 @@ from ray.train.torch import get_device
 
 from roo_ray.config import Config
 from roo_ray.errors import ConfigError
-from roo_ray.ingest.stream import RankStream, Step, StreamSettings
+from roo_ray.ingest.device import on_device
+from roo_ray.ingest.plan import Position, differences
+from roo_ray.ingest.stream import RankStream, Step, StreamSettings, shared_feed
 from roo_ray.metrics.collection import RankingMetrics
+from roo_ray.models.cost import cost_coefficients
 from roo_ray.models.losses import ranking_loss
 from roo_ray.models.ranking import RankingModel
 from roo_ray.training import checkpoint
 from roo_ray.training.job import WorkerJob
+from roo_ray.training.order import OrderStats
 from roo_ray.training.sharding import ShardedModel, describe_plan, shard
 from roo_ray.training.throughput import Throughput
 from roo_ray.training.tracking import RunHandle, RunLogger
@@ -52,10 +56,48 @@ def build_model(config: Config, job: WorkerJob, device: torch.device) -> Sharded
 @dataclass
 class Agreement:
     """What all ranks know of a step before it is taken. ``weights`` (K,) float32: known labels per task in the
-    global batch; ``lanes_alive``: lanes that still had data."""
+    global batch; ``lanes_alive``: lanes that still had data; ``balance``: mean over ranks of the step's cost, over
+    the largest."""
 
     weights: torch.Tensor
     lanes_alive: int
+    balance: float
+
+
+@dataclass
+class Trained:
+    """What an epoch has trained on so far. ``before``: over all ranks, until this worker group began: requests,
+    impressions, sum of the request keys modulo 2^64; the rest: this rank since then."""
+
+    before: tuple[int, int, int]
+    requests: int = 0
+    impressions: int = 0
+    keys: torch.Tensor | None = None
+
+    @staticmethod
+    def since(before: dict[str, int]) -> Trained:
+        """Goes on from what a checkpoint says."""
+        return Trained((before.get("requests", 0), before.get("impressions", 0), before.get("keys", 0)))
+
+    def add(self, step: Step) -> None:
+        """Counts a step of this rank."""
+        if step.lanes_alive:
+            self.requests += step.requests
+            self.impressions += step.impressions
+            keys = step.batch.request_key.sum()  # stays on the device
+            self.keys = keys if self.keys is None else self.keys + keys
+
+    def over_ranks(self, device: torch.device) -> dict[str, int]:
+        """The sums over all ranks (collective)."""
+        keys = 0 if self.keys is None else int(self.keys)
+        total = torch.tensor([self.requests, self.impressions, keys], device=device)
+        dist.all_reduce(total)
+        sums = [(b + t) % 2**64 for b, t in zip(self.before, total.tolist(), strict=True)]
+        return dict(zip(("requests", "impressions", "keys"), sums, strict=True))
+
+
+def _zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.int64)
 
 
 class Worker:
@@ -74,21 +116,45 @@ class Worker:
         self.task_weights = torch.tensor([x.weight for x in self.schema.labels], device=self.device)
         self.logger = RunLogger(job.run if self.rank == 0 else RunHandle(None))
         self.epochs_done, self.steps_done = 0, 0
+        self.position: Position | None = None  # where the epoch in progress goes on, after a restart
+        self.trained = Trained.since({})
+        self.cost = cost_coefficients(self.schema, self.config.model)
 
     # ---- one pass ------------------------------------------------------------------------------------
 
     def steps(self, stream: RankStream, epoch: int) -> Iterator[tuple[Step, Agreement]]:
         """The steps of a pass, each with what the ranks agreed on; ends on all ranks at once."""
-        for step in stream.epoch(epoch):
+        steps = on_device(stream.epoch(epoch), self.device)
+        tasks, settings = len(self.schema.labels), stream.settings
+        for step in steps:
             known = step.batch.weights.double().sum(0)  # (K,)
-            agreed = torch.cat([known, torch.tensor([step.lanes_alive], dtype=torch.float64)]).to(self.device)
+            ours = torch.zeros(1 + self.world, dtype=torch.float64)  # lanes alive, and the cost of each rank
+            ours[0], ours[1 + self.rank] = step.lanes_alive, step.counts["cost"]
+            agreed = torch.cat([known, ours.to(self.device)])
             dist.all_reduce(agreed)
-            if agreed[-1] == 0:
+            weights = agreed[:tasks].float()
+            alive, *costs = agreed[tasks:].tolist()
+            ends_early = settings.ingest.drop_last and settings.side == "train" and alive < settings.ingest.lanes
+            if ends_early and alive:
+                self.count_dropped(step, steps, epoch)
+            if ends_early or not alive:
                 return
-            yield step, Agreement(agreed[:-1].float(), int(agreed[-1]))
+            largest = max(costs)
+            yield step, Agreement(weights, int(alive), sum(costs) / self.world / largest if largest else 1.0)
+
+    def count_dropped(self, step: Step, steps: Iterator[Step], epoch: int) -> None:
+        """Reads to the end of an epoch that ``drop_last`` has ended, and says what was dropped (collective)."""
+        dropped = 0
+        while step.lanes_alive:
+            dropped += step.requests
+            step = next(steps)
+        total = torch.tensor([dropped], device=self.device)
+        dist.all_reduce(total)
+        self.logger.metrics({"epoch/dropped_requests": float(total)}, self.steps_done)
+        self.say(f"epoch {epoch + 1}: ingest.drop_last drops the last {int(total):,} requests")
 
     def stream(self, side: Literal["train", "evaluation"]) -> RankStream:
-        """This rank's batches: ``train`` shuffled over the remaining epochs, ``evaluation`` in stored order.
+        """This rank's batches (collective): ``train`` over the remaining epochs, ``evaluation`` in stored order.
 
         The evaluation between epochs reads in a thread: a second Ray Data pipeline would take the CPUs of the
         training pipeline, which is reading the next epoch ahead, and cost its start-up each time.
@@ -106,9 +172,13 @@ class Worker:
             side=side,
             seed=self.config.training.seed,
             epochs=tuple(range(self.epochs_done, self.config.training.epochs)) if training else (0,),
-            mode="shuffled" if training else "sequential",
+            mode=ingest.mode if training else "sequential",
+            start=self.position if training else None,
+            cost=self.cost,
         )
-        return RankStream(settings, self.rank, self.world)
+        feed = [shared_feed(settings, self.world) if self.rank == 0 else None]
+        dist.broadcast_object_list(feed, src=0, device=self.device)
+        return RankStream(settings, self.rank, self.world, feed[0])
 
     def evaluate(self, stream: RankStream) -> dict[str, float]:
         """Metrics of the held-out data over all ranks."""
@@ -119,7 +189,7 @@ class Worker:
         self.model.module.eval()
         with torch.no_grad():
             for step, _ in self.steps(stream, 0):
-                batch = step.batch.to(self.device)
+                batch = step.batch
                 logits = self.model.module(batch)
                 metrics.update(logits, batch.labels, batch.weights, batch.num_impressions)
                 oracle.update_probabilities(batch.oracle, batch.labels, batch.weights, batch.num_impressions)
@@ -144,18 +214,20 @@ class Worker:
     # ---- training ------------------------------------------------------------------------------------
 
     def train_epoch(self, stream: RankStream, epoch: int) -> dict[str, float]:
-        """Trains one epoch; returns its throughput over all ranks."""
+        """Trains one epoch, or the rest of it; returns its throughput over all ranks, and what it trained on in
+        all."""
         tasks = [label.name for label in self.schema.labels]
         window, losses = RankingMetrics(tasks), []
-        epoch_throughput, window_throughput = Throughput(), Throughput()
+        epoch_throughput, window_throughput, order = Throughput(), Throughput(), OrderStats()
+        every = self.config.training.checkpoint_every_steps
         for step, agreement in self.steps(stream, epoch):
-            batch = step.batch.to(self.device)
-            num_impressions = batch.num_impressions  # of the requests, also where they are exploded next
+            batch = step.batch
+            num_impressions, split = batch.num_impressions, batch.split  # of the requests, also where exploded next
             if self.config.training.form == "impression":
                 batch = batch.explode()
             logits = self.model.module(batch)  # (B_NRO, K)
             # progressive validation: the batch is scored before it is trained on
-            window.update(logits.detach(), batch.labels, batch.weights, num_impressions)
+            window.update(logits.detach(), batch.labels, batch.weights, num_impressions, split)
             loss = ranking_loss(logits, batch.labels, batch.weights, self.task_weights, agreement.weights, self.world)
             self.model.optimizer.zero_grad()
             loss.backward()
@@ -164,15 +236,36 @@ class Worker:
             losses.append(loss.detach() / self.world)
             for throughput in (epoch_throughput, window_throughput):
                 throughput.add(step.requests, step.impressions, step.wait_seconds)
-            if self.steps_done % self.config.training.log_every == 0:
-                self.log_window(epoch, losses, window, window_throughput)
-                window, losses, window_throughput = RankingMetrics(tasks), [], Throughput()
+            order.add(step, agreement.balance)
+            self.trained.add(step)
+            saves = bool(every) and self.steps_done % (every or 1) == 0
+            if saves or self.steps_done % self.config.training.log_every == 0:
+                self.log_window(epoch, losses, window, window_throughput, order)
+                window, losses, window_throughput, order = RankingMetrics(tasks), [], Throughput(), OrderStats()
+            if saves:
+                self.report({}, self.position_of(epoch, step))
         if losses:
-            self.log_window(epoch, losses, window, window_throughput)
-        return epoch_throughput.over_ranks(self.device, "epoch")
+            self.log_window(epoch, losses, window, window_throughput, order)
+        metrics = epoch_throughput.over_ranks(self.device, "epoch")
+        counted = self.trained.over_ranks(self.device)
+        return metrics | {f"epoch/{name}": float(counted[name]) for name in ("requests", "impressions")}
+
+    def position_of(self, epoch: int, step: Step) -> Position:
+        """The run's position after a step, from all ranks' lanes (collective)."""
+        lanes = _zeros(self.config.ingest.lanes, 2)
+        for lane, at in step.position.items():
+            lanes[lane] = torch.tensor(at)
+        lanes = lanes.to(self.device)
+        dist.all_reduce(lanes)
+        return Position(epoch, tuple((window, taken) for window, taken in lanes.tolist()))
 
     def log_window(
-        self, epoch: int, losses: list[torch.Tensor], window: RankingMetrics, throughput: Throughput
+        self,
+        epoch: int,
+        losses: list[torch.Tensor],
+        window: RankingMetrics,
+        throughput: Throughput,
+        order: OrderStats,
     ) -> None:
         """Logs the steps since the last call, over all ranks (collective)."""
         curve = torch.stack(losses).double()
@@ -182,6 +275,7 @@ class Worker:
             self.logger.metrics({"train/loss": loss}, first + offset)
         values = {f"train/{name}": value for name, value in window.merge().compute().items()}
         values |= throughput.over_ranks(self.device, "train")
+        values |= order.over_ranks(self.device, "train", self.config.ingest.interleave is not None)
         self.logger.metrics(values, self.steps_done)
         task = self.schema.labels[0].name
         self.say(
@@ -199,23 +293,23 @@ class Worker:
 
     def restore(self, source: ray.train.Checkpoint) -> None:
         """Loads a checkpoint and takes its position. Raises ConfigError where training would go on in another
-        order (other data, schema, seed, lanes, budgets or holdout)."""
+        order (other data, schema, truncation, seed, lanes, budgets, cost coefficients or holdout)."""
         with source.as_directory() as folder:
             state = checkpoint.load(folder, self.model)
-        changed = [
-            f"{name} was {value} and is {self.job.plan.get(name)}"
-            for name, value in state.plan.items()
-            if value != self.job.plan.get(name)
-        ]
+        changed = differences(state.plan, self.job.plan)
         if self.job.mode == "train" and changed:
             raise ConfigError(
                 f"the run cannot go on from {source.path}, because its data would come in another order: "
                 f"{'; '.join(changed)}; restore this, or choose another run_name"
             )
         self.epochs_done, self.steps_done = state.epoch, state.step
+        if state.position is not None:
+            self.position = Position(state.epoch, tuple(state.position))
+            self.trained = Trained.since(state.trained)
 
-    def report(self, metrics: dict[str, float]) -> None:
-        """Checkpoints the model with its metrics, through Ray Train (collective)."""
+    def report(self, metrics: dict[str, float], position: Position | None = None) -> None:
+        """Checkpoints the model with its metrics, through Ray Train (collective); within an epoch, with the
+        ``position`` that it goes on from."""
         state = checkpoint.RunState(
             epoch=self.epochs_done,
             step=self.steps_done,
@@ -224,6 +318,8 @@ class Worker:
             data_version=self.job.data_version,
             data_digest=self.job.data_digest,
             plan=self.job.plan,
+            position=None if position is None else list(position.lanes),
+            trained=self.trained.over_ranks(self.device),
             metrics=checkpoint.finite(metrics),
         )
         self.logger.flush()
@@ -232,7 +328,8 @@ class Worker:
             ray.train.report(
                 metrics,
                 checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=f"epoch-{self.epochs_done:04d}",
+                checkpoint_dir_name=f"epoch-{self.epochs_done:04d}"
+                + (f"-step-{self.steps_done:08d}" if position else ""),
             )
 
 
@@ -250,7 +347,8 @@ def train_worker(loop_config: dict[str, WorkerJob]) -> None:
         return
     if found is not None:
         worker.restore(found)
-        worker.say(f"resumed after epoch {worker.epochs_done}, step {worker.steps_done}")
+        within = " (within an epoch)" if worker.position else ""
+        worker.say(f"resumed after epoch {worker.epochs_done}, step {worker.steps_done}{within}")
     plan = describe_plan(worker.model.plan)
     worker.say(f"{worker.world} workers ready; tables: " + ", ".join(f"{r['table']} {r['sharding']}" for r in plan))
     worker.logger.json(plan, "sharding_plan.json")
@@ -258,7 +356,9 @@ def train_worker(loop_config: dict[str, WorkerJob]) -> None:
     while stream is not None and worker.epochs_done < job.config.training.epochs:
         epoch_metrics = worker.train_epoch(stream, worker.epochs_done)
         worker.epochs_done += 1
+        worker.position = None
         held_out = worker.evaluate(worker.stream("evaluation"))
         worker.logger.metrics(epoch_metrics | held_out, worker.steps_done)
         worker.report(epoch_metrics | held_out)
+        worker.trained = Trained.since({})
     worker.logger.flush()

@@ -29,7 +29,7 @@ def tensors(batch: RequestBatch) -> dict[str, torch.Tensor]:
                     part.values,
                     part.lengths,
                 )
-            else:
+            elif part is not None:
                 found[f"{field.name} {key}"] = part
     return found
 

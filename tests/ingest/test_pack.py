@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 from roo_ray.config import Holdout
 from roo_ray.errors import DataError
 from roo_ray.ingest.batch import RequestBatch
-from roo_ray.ingest.pack import PackSettings, batch_bounds, pack_window
+from roo_ray.ingest.budget import batch_bounds
+from roo_ray.ingest.pack import PackSettings, pack_window
 from roo_ray.ingest.plan import Side, Window, units_of
 from roo_ray.ingest.tensors import PackedBatches
 from roo_ray.requests.manifest import Manifest
@@ -61,7 +63,7 @@ def greedy(sizes: list[int], budget: int) -> list[int]:
 
 @given(st.lists(st.integers(1, 30), max_size=40), st.integers(1, 40))
 def test_batch_bounds_are_greedy(sizes: list[int], budget: int) -> None:
-    bounds = batch_bounds(np.array(sizes, np.int64), budget).tolist()
+    bounds = batch_bounds([(np.array(sizes, np.int64), budget)], len(sizes)).tolist()
     assert bounds == greedy(sizes, budget)
     for start, end in pairwise(bounds):
         assert sum(sizes[start:end]) <= budget or end - start == 1
@@ -165,6 +167,127 @@ def test_columns_that_no_feature_reads_are_not_read(tmp_path: Path) -> None:
     assert batch.impression_dense.shape == (batch.total_impressions, 0)
     assert batch.oracle.isnan().all()
     assert list(batch.request_ids) == []
+
+
+# ---- forms, budgets, counts -------------------------------------------------------------------------------
+
+
+def variant(folder: Path, manifest: Manifest, **changes: Any) -> list[RequestBatch]:
+    """The batches of all units with other settings."""
+    settings = replace(pack_settings(folder), **changes)
+    packed = PackedBatches(pack_window(settings, window_of(manifest)), SCHEMA)
+    return [packed.batch(row) for row in range(packed.rows)]
+
+
+def values_of(batch: RequestBatch) -> list[Any]:
+    """All its tensors as lists, NaN as None."""
+    found: list[Any] = []
+    batch.map(lambda tensor: (found.append((tensor.dtype, tensor.nan_to_num(-7).tolist())), tensor)[1])
+    return found
+
+
+@pytest.mark.parametrize("oversize", ["own", "split"])
+def test_the_impression_form_is_the_exploded_batch_to_the_bit(tmp_path: Path, oversize: str) -> None:
+    rows = shard_maker.random_rows([*COUNTS[:25], 50], 1)
+    manifest = shard_maker.write_data_set(tmp_path, rows, SCHEMA)
+    requests = variant(tmp_path, manifest, oversize=oversize)
+    impressions = variant(tmp_path, manifest, oversize=oversize, form="impression")
+    assert [values_of(batch.explode()) for batch in requests] == [values_of(batch) for batch in impressions]
+
+
+def test_split_requests_have_the_same_user_side_and_every_impression_once(tmp_path: Path) -> None:
+    rows = shard_maker.random_rows([*COUNTS[:10], 50, 3, 41], 1)
+    manifest = shard_maker.write_data_set(tmp_path, rows, SCHEMA)
+    whole = {row["request_key"]: row for row in (shard_maker.reference(SCHEMA, row) for row in rows)}
+    seen: dict[int, list[int]] = {}
+    parts = 0
+    for batch in variant(tmp_path, manifest, oversize="split"):
+        assert batch.total_impressions <= 20
+        assert batch.split is not None
+        for request, mark in zip(observed(batch), batch.split.tolist(), strict=True):
+            expected = whole[request["request_key"]]
+            assert (mark > 0) == (expected["num_impressions"] > 20)
+            parts += mark > 0
+            for name, value in request.items():
+                if name in ("impression_index", "num_impressions"):
+                    continue
+                stored = expected[name]
+                if name in ("impression_dense", "labels", "weights", "oracle", "item", "topic", "tags"):
+                    stored = [stored[i] for i in request["impression_index"]]
+                assert same(value, stored), name
+            seen.setdefault(request["request_key"], []).extend(request["impression_index"])
+    assert {key: sorted(index) for key, index in seen.items()} == {k: r["impression_index"] for k, r in whole.items()}
+    assert parts == 3 + 3
+
+
+def test_batches_by_cost_count_the_events_that_are_kept(tmp_path: Path) -> None:
+    rows = shard_maker.random_rows(COUNTS[:40], 3)
+    manifest = shard_maker.write_data_set(tmp_path, rows, SCHEMA)
+    coefficients = (1.0, 2.0, 0.5, 1.0, 0.25)
+    settings = replace(pack_settings(tmp_path), batch_impressions=None, batch_cost=60.0, cost=coefficients)
+    table = pack_window(settings, window_of(manifest))
+    packed = PackedBatches(table, SCHEMA)
+    assert packed.rows > 5
+    for row in range(packed.rows):
+        batch = packed.batch(row)
+        t, n = batch.request_ids["history.history_item"].lengths.double(), batch.num_impressions.double()
+        cost = (1 + 2 * t + 0.5 * t * t + n + 0.25 * n * t).sum().item()
+        assert packed.counts["cost"][row] == pytest.approx(cost)
+        assert cost <= 60 or batch.num_requests == 1
+
+
+def test_counts_of_a_batch(tmp_path: Path) -> None:
+    rows = shard_maker.random_rows(COUNTS[:40], 3)
+    manifest = shard_maker.write_data_set(tmp_path, rows, SCHEMA)
+    for changes in ({}, {"interleave": 1}, {"oversize": "split", "batch_impressions": 4}):
+        settings = replace(pack_settings(tmp_path), **changes)  # type: ignore[arg-type]
+        packed = PackedBatches(pack_window(settings, window_of(manifest)), SCHEMA)
+        for row in range(packed.rows):
+            batch = packed.batch(row)
+            counts = {name: packed.counts[name][row] for name in packed.counts}
+            assert counts["users"] == len(set(batch.user_key.tolist()))
+            assert counts["cost"] == batch.total_impressions
+            starts = batch.num_requests if batch.split is None else int((batch.split < 2).sum())
+            assert counts["requests"] == starts
+            owners = batch.user_key[batch.request_of_impression()].tolist()
+            items = batch.impression_ids["item"].values.tolist()
+            positives = [(u, i) for u, i, y in zip(owners, items, batch.labels[:, 0].tolist(), strict=True) if y]
+            assert counts["negative_pairs"] == len(positives) * (len(positives) - 1)
+            pairs = [(a, b) for x, a in enumerate(positives) for y, b in enumerate(positives) if x != y]
+            assert counts["false_pairs"] == sum((u, i) in set(positives) for (u, _), (_, i) in pairs)
+        everything = sum(packed.counts["requests"])
+        assert everything == 40
+
+
+def test_in_order_of_time(tmp_path: Path) -> None:
+    rows = shard_maker.random_rows(COUNTS[:40], 3)
+    manifest = shard_maker.write_data_set(tmp_path, rows, SCHEMA)
+    window = replace(window_of(manifest, None), by_time=True)
+    packed = PackedBatches(pack_window(pack_settings(tmp_path), window), SCHEMA)
+    times = [time for row in range(packed.rows) for time in packed.batch(row).request_time.tolist()]
+    assert times == sorted(times)
+    assert len(times) == 40
+
+
+def test_bad_shards_are_skipped_and_counted_where_that_is_wanted(tmp_path: Path) -> None:
+    rows = shard_maker.random_rows(COUNTS[:40], 5)
+    manifest = shard_maker.write_data_set(tmp_path, rows, SCHEMA)
+    settings, window = replace(pack_settings(tmp_path), on_bad_shard="skip"), window_of(manifest)
+    whole = PackedBatches(pack_window(settings, window), SCHEMA)
+    assert sum(whole.counts["skipped_requests"]) == 0
+    first, second = (tmp_path / file.path for file in manifest.files)
+    first.write_bytes(first.read_bytes()[:500])
+    packed = PackedBatches(pack_window(settings, window), SCHEMA)
+    keys = [key for row in range(packed.rows) for key in packed.batch(row).request_key.tolist()]
+    assert sorted(keys) == sorted(shard_maker.request_key(row, SCHEMA) for row in rows[20:])
+    assert sum(packed.counts["skipped_requests"]) == 20
+    second.unlink()
+    nothing = PackedBatches(pack_window(settings, window), SCHEMA)
+    assert (nothing.tags["batches"][0], nothing.counts["skipped_requests"][0]) == (0, 40)
+    rows[0] |= {"bought": [9.0] * rows[0]["num_impressions"]}  # bad values are never skipped
+    shard_maker.rewrite(first, rows[:20])
+    with pytest.raises(DataError, match="labels are 0 or 1"):
+        pack_window(settings, window)
 
 
 # ---- errors -----------------------------------------------------------------------------------------------

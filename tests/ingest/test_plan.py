@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,47 @@ def test_the_digest_depends_on_the_stream_and_on_nothing_else() -> None:
         digest(version=2), digest(seed=1), digest(mode="sequential"),
     ]  # fmt: skip
     assert len({digest(), *others}) == 7
+
+
+# ---- time -------------------------------------------------------------------------------------------------
+
+
+def timed(ranges: list[tuple[float, float]], requests: int = 10) -> Units:
+    files = [
+        shard("2024-01-01", f"{n:03d}", [Unit(requests=requests, impressions=requests * (1 + n % 3), tokens=0)])
+        for n in range(len(ranges))
+    ]
+    return units_of(
+        [f.model_copy(update={"time_min": a, "time_max": b}) for f, (a, b) in zip(files, ranges, strict=True)]
+    )
+
+
+@given(st.integers(1, 60), st.integers(1, 6), st.integers(1, 3), st.randoms())
+@settings(max_examples=50, deadline=None)
+def test_by_time_all_lanes_are_at_the_same_place(
+    count: int, lanes: int, window_units: int, draw: random.Random
+) -> None:
+    place = list(range(count))
+    draw.shuffle(place)
+    of = timed([(10.0 * p, 10.0 * p + 10) for p in place])  # written in any order; a time may end where the next begins
+    plan = plan_epoch(of, seed=0, epoch=0, lanes=lanes, window_units=window_units, mode="time")
+    times = [[of.time_min[unit] / 10 for unit in lane] for lane in plan.lanes]
+    assert sorted(t for lane in times for t in lane) == list(range(count))
+    for lane in times:
+        assert lane == sorted(lane)
+        assert all(t // lanes == n for n, t in enumerate(lane))  # round n of consecutive units, one for every lane
+    assert all(window.by_time and window.shuffle is None for window in plan.reading_order(range(lanes)))
+    loads = [of.impressions[lane].sum() for lane in plan.lanes]
+    assert max(loads) - min(loads) <= 2 * of.impressions.max()
+
+
+def test_a_layout_that_is_not_time_ordered_is_refused() -> None:
+    with pytest.raises(DataError, match=r"1 of 2 neighbouring units overlap.*000\.parquet row group 0.*001\.parquet"):
+        plan_epoch(timed([(0, 11), (10, 20), (20, 30)]), seed=0, epoch=0, lanes=2, window_units=1, mode="time")
+    by_user = units([[Unit(requests=5, impressions=5, tokens=0)] * 3])  # one file, whose units have its times
+    by_user.time_max[:] = 5
+    with pytest.raises(DataError, match="2 of 2 neighbouring units overlap in time"):
+        plan_epoch(by_user, seed=0, epoch=0, lanes=2, window_units=1, mode="time")
 
 
 # ---- holdout ---------------------------------------------------------------------------------------------

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 from pathlib import Path
 
+import psutil
 import pytest
+import ray
 from mlflow.tracking import MlflowClient
 
 from roo_ray.config import Config, load_config
 from roo_ray.errors import ConfigError, DataError
 from roo_ray.requests.manifest import Manifest, load_manifest
+from roo_ray.training.checkpoint import read_state
 from roo_ray.training.launch import TrainingResult, evaluate, find_checkpoint, train
 from roo_ray.training.prepare import prepare
 from tests.jobs.small import ROOT, small_config
@@ -50,6 +56,9 @@ def test_training_logs_what_a_reviewer_needs(two_workers: tuple[Config, Training
     assert run.data.params["training.workers"] == "2"
     assert run.data.tags["data_digest"] == built.digest()
     metrics = run.data.metrics
+    assert 0 < metrics["train/balance"] <= 1
+    assert 1 < metrics["train/batch_users"] <= metrics["train/batch_requests"]
+    assert 0 < metrics["train/false_negative_rate"] < 1
     for name in ("ne", "auc", "gauc", "calibration", "bayes_ne", "bayes_auc"):
         assert f"eval/click/{name}" in metrics
     assert 0 <= metrics["epoch/data_wait_share"] <= 1
@@ -104,6 +113,53 @@ def test_resume_continues_the_curve(two_workers: tuple[Config, TrainingResult], 
     expected = curve(config, reference)
     assert 0 < len(half_curve) < len(expected)
     assert curve(config, whole) == pytest.approx(expected, rel=2e-4)
+
+
+def test_a_killed_run_goes_on_within_the_epoch_with_another_number_of_workers(
+    two_workers: tuple[Config, TrainingResult], folder: Path
+) -> None:
+    """SIGKILL on a worker between two checkpoints of an epoch; the same curve, the same requests, nothing twice."""
+    config, reference = two_workers
+    killed: list[int] = []
+
+    def kill_a_worker(line: str) -> None:
+        if "epoch 1/2  step 10 " in line and not killed:
+            killed.append(one_of_the_trainers())
+            os.kill(killed[0], signal.SIGKILL)
+
+    every = "training.checkpoint_every_steps=4"
+    with pytest.raises(Exception):  # noqa: B017, PT011  (whatever Ray makes of a lost process)
+        train(small_config(folder, every, "training.max_failures=0"), "killed", kill_a_worker)
+    assert killed
+    lines: list[str] = []
+    result = train(small_config(folder, every, "training.workers=1"), "killed", lines.append)
+    assert any("resumed after epoch 0, step" in line and "within an epoch" in line for line in lines)
+    assert curve(config, result) == pytest.approx(curve(config, reference), rel=2e-4)
+    for name in ("epoch/requests", "epoch/impressions"):
+        assert result.metrics[name] == reference.metrics[name]
+    states = [read_state(one.checkpoint) for one in (result, reference)]
+    assert states[0].trained == states[1].trained  # the sum of the request keys among it
+    assert states[0].trained["requests"] == result.metrics["epoch/requests"]
+    assert states[0].position is None
+
+
+def test_what_drop_last_drops_is_counted(two_workers: tuple[Config, TrainingResult], folder: Path) -> None:
+    _, reference = two_workers
+    config = small_config(folder, "ingest.drop_last=true", "training.epochs=1", "ingest.reader=thread")
+    result = train(config, "drop-last", quiet)
+    dropped = curve(config, result, "epoch/dropped_requests")
+    assert len(dropped) == 1
+    assert result.metrics["epoch/requests"] + sum(dropped.values()) == reference.metrics["epoch/requests"]
+
+
+def one_of_the_trainers() -> int:
+    """The process of a worker of this Ray."""
+    raylet = ray._private.worker._global_node.all_processes["raylet"][0].process.pid
+    for process in psutil.Process(raylet).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                return int(process.pid)
+    raise AssertionError("no trainer is running")
 
 
 def test_another_order_is_refused_with_the_difference(two_workers: tuple[Config, TrainingResult], folder: Path) -> None:

@@ -226,3 +226,20 @@ def test_wrong_input_is_refused_and_not_counted() -> None:
     with pytest.raises(RooError, match="task 'click': 1 of 1 logits"):
         metrics.update_probabilities(torch.tensor([[1.5, 0.5]]), *good[1:])
     assert not metrics.state_tensor().any()
+
+
+def test_gauc_skips_requests_that_are_split() -> None:
+    """Two halves of a request have other AUCs than the whole: they count in all metrics but GAUC."""
+    draw = torch.Generator().manual_seed(3)
+    counts = torch.tensor([4, 3, 3, 5])  # the second and the third are one request
+    logits = torch.randn(15, 1, generator=draw)
+    labels = torch.tensor([1.0, 0, 0, 1, 0, 1, 0, 1, 0, 0, 0, 1, 0, 1, 0])[:, None]
+    known = torch.ones(15, 1)
+    whole = torch.cat([torch.arange(4), torch.arange(10, 15)])
+    with_parts, without = RankingMetrics(["a"]), RankingMetrics(["a"])
+    with_parts.update(logits, labels, known, counts, torch.tensor([0, 1, 2, 0]))
+    without.update(logits[whole], labels[whole], known[whole], counts[[0, 3]])
+    got, expected = with_parts.compute(), without.compute()
+    assert got["a/gauc"] == pytest.approx(expected["a/gauc"])
+    assert (got["a/gauc_requests"], got["a/gauc_skipped"]) == (2, 1)
+    assert got["a/impressions"] == 15

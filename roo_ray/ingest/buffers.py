@@ -1,0 +1,144 @@
+"""Between the reading thread and the trainer: the batches at hand, lane by lane."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from roo_ray.ingest.batch import RequestBatch
+from roo_ray.ingest.plan import EpochPlan, Position
+from roo_ray.ingest.tensors import PackedBatches
+from roo_ray.schema import Schema
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A batch of a lane: the row of a packed window. ``position``: (window, batches taken in it) after it."""
+
+    epoch: int
+    position: tuple[int, int]
+    packed: PackedBatches
+    row: int
+
+    def batch(self) -> RequestBatch:
+        """Its tensors, views of the packed window."""
+        return self.packed.batch(self.row)
+
+    def count(self, name: str) -> float:
+        """One of its ``pack.COUNTS``."""
+        return self.packed.counts[name][self.row]
+
+
+@dataclass
+class LaneBuffer:
+    """A lane's batches at hand. ``coming``: windows that have yet to arrive, over all epochs; ``coming_of``: per
+    epoch; ``expected``: the next window of each epoch."""
+
+    batches: deque[Taken] = field(default_factory=deque)
+    coming: int = 0
+    coming_of: dict[int, int] = field(default_factory=dict)
+    expected: dict[int, int] = field(default_factory=dict)
+
+
+class Buffers:
+    """Between the reading thread (``fill``) and the trainer (``take``). Batches that were taken before ``start``
+    are passed over."""
+
+    def __init__(
+        self, plans: Sequence[EpochPlan], lanes: Sequence[int], schema: Schema, prefetch: int, start: Position | None
+    ) -> None:
+        self.schema, self.prefetch, self.start = schema, prefetch, start
+        self.order = {plan.epoch: place for place, plan in enumerate(plans)}
+        self.lanes: dict[int, LaneBuffer] = {}
+        for lane in lanes:
+            buffer = self.lanes[lane] = LaneBuffer()
+            for plan in plans:
+                first = start.window(plan.epoch, lane) if start else 0
+                buffer.expected[plan.epoch] = first
+                buffer.coming_of[plan.epoch] = max(plan.num_windows(lane) - first, 0)
+            buffer.coming = sum(buffer.coming_of.values())
+        self.skipped_requests = 0
+        self.changed = threading.Condition()
+        self.error: BaseException | None = None
+        self.stopped = False
+
+    def _hungry(self) -> bool:
+        # any lane, as windows come in a fixed order: the one a lane waits for may be behind another lane's
+        return any(lane.coming and len(lane.batches) < self.prefetch for lane in self.lanes.values())
+
+    def fill(self, source: Callable[[], Iterator[pa.Table]]) -> None:
+        """The reading thread: takes in tables from ``source`` until its end, an error, or ``stop``."""
+        tables: Iterator[pa.Table] | None = None
+        try:
+            tables = source()
+            for table in tables:
+                self._add(PackedBatches(table, self.schema))
+                del table
+                with self.changed:
+                    self.changed.wait_for(lambda: self.stopped or self._hungry() or not self._coming())
+                    if self.stopped:
+                        return
+            if self._coming():
+                raise RuntimeError(f"the reader ended with {self._coming()} windows missing")
+        except BaseException as error:
+            with self.changed:
+                self.error = error
+                self.changed.notify_all()
+        finally:
+            close = getattr(tables, "close", None)
+            if close is not None:
+                close()
+
+    def _coming(self) -> int:
+        return sum(lane.coming for lane in self.lanes.values())
+
+    def _add(self, packed: PackedBatches) -> None:
+        """A window's table: all its batches, or the mark of an empty window."""
+        epoch, lane_id, window, batches = (int(packed.tags[tag][0]) for tag in ("epoch", "lane", "window", "batches"))
+        done = self.start.taken(epoch, lane_id, window) if self.start else 0
+        with self.changed:
+            lane = self.lanes[lane_id]
+            if window != lane.expected[epoch]:
+                raise RuntimeError(f"lane {lane_id} of epoch {epoch} got window {window}, not {lane.expected[epoch]}")
+            for batch in range(done, batches):
+                after = (window, batch + 1) if batch + 1 < batches else (window + 1, 0)
+                lane.batches.append(Taken(epoch, after, packed, batch))
+            if not done:
+                self.skipped_requests += int(packed.counts["skipped_requests"][0])
+            lane.expected[epoch] += 1
+            lane.coming -= 1
+            lane.coming_of[epoch] -= 1
+            self.changed.notify_all()
+
+    def take(self, lane_id: int, epoch: int) -> Taken | None:
+        """The lane's next batch of the epoch, waiting for it where it is still to come; None at its end.
+
+        Batches that are left from earlier epochs are passed over. Raises what the reader raised.
+        """
+        lane = self.lanes[lane_id]
+        with self.changed:
+            while True:
+                while lane.batches and self.order[lane.batches[0].epoch] < self.order[epoch]:
+                    lane.batches.popleft()
+                if lane.batches and lane.batches[0].epoch == epoch:
+                    taken = lane.batches.popleft()
+                    self.changed.notify_all()
+                    return taken
+                self.changed.notify_all()
+                if not lane.coming_of[epoch]:
+                    return None
+                if self.error is not None:
+                    raise self.error
+                if self.stopped:
+                    raise RuntimeError("the stream is closed")
+                self.changed.wait()
+
+    def stop(self) -> None:
+        """Ends the reading thread; what it reads at the moment is dropped."""
+        with self.changed:
+            self.stopped = True
+            self.changed.notify_all()

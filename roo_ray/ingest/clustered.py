@@ -1,0 +1,229 @@
+"""Impression tables as they are (RecD's way, arXiv 2211.05239): a table whose rows of a request lie together is
+streamed without rewriting it.
+
+``index_impressions`` reads the key columns once, checks that every request lies in one piece, and publishes a
+manifest whose units are runs of rows that no request crosses, whatever the row groups are. Requests are formed
+while a unit is read, so that user features leave the reader once per request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from roo_ray.errors import DataError
+from roo_ray.ingest.plan import UnitRef
+from roo_ray.ingest.read import NUM_IMPRESSIONS, BadShard
+from roo_ray.requests.compare import differing_rows, sort_codes
+from roo_ray.requests.hashing import Hashes, hash_rows
+from roo_ray.requests.manifest import Manifest, ShardFile, Unit, manifest_versions, publish_manifest
+from roo_ray.requests.times import day_name, epoch_seconds, utc_days
+from roo_ray.schema import Schema
+from roo_ray.sources.base import ParquetInput, common_schema, open_parquet, plain_type, read_footers
+from roo_ray.sources.columns import as_array, list_parts, offsets_of
+from roo_ray.storage import open_filesystem
+
+THREADS = 8
+MIXED_DAYS = ""
+"""``ShardFile.day`` of a file whose requests are of several days."""
+
+
+def form_requests(table: pa.Table, schema: Schema, columns: Sequence[str]) -> pa.Table:
+    """Request rows of impressions, in the order in which requests begin; ``columns``: what is wanted of them.
+
+    Impressions are in order of ``keys.position``, then ``keys.impression``, as a build has them. Raises DataError
+    where a request-level column varies within a request.
+    """
+    keys = hash_rows(table, schema.keys.request)
+    _, first, which = np.unique(keys, return_index=True, return_inverse=True)
+    request = np.argsort(np.argsort(first, kind="stable"), kind="stable")[which]  # (rows,) in order of appearance
+    within = [schema.keys.position] if schema.keys.position else []
+    within += [name for name in schema.keys.impression if name not in schema.keys.request]
+    sort = [sort_codes(table.column(name)) for name in dict.fromkeys(within)]
+    order = np.lexsort([*reversed(sort), request])
+    lengths = np.bincount(request)
+    starts = np.cumsum(lengths) - lengths
+    kept, offsets = pa.array(order[starts]), offsets_of(lengths)
+    firsts = np.repeat(order[starts], lengths)
+    formed = {}
+    for name in columns:
+        if name == NUM_IMPRESSIONS:
+            formed[name] = pa.array(lengths.astype(np.int32))
+        elif name in schema.request_columns:
+            differs = differing_rows(table.column(name), order, firsts)
+            if differs.any():
+                row = int(order[np.argmax(differs)])
+                key = ", ".join(f"{k}={table.column(k)[row]}" for k in schema.keys.request)
+                raise DataError(
+                    f"column '{name}' varies within request {key}, but the schema has it once per request; correct "
+                    "the log, declare the column impression-level, or add columns to keys.request"
+                )
+            formed[name] = as_array(table.column(name)).take(kept)
+        else:
+            formed[name] = pa.ListArray.from_arrays(offsets, as_array(table.column(name)).take(pa.array(order)))
+    return pa.table(formed)
+
+
+class ClusteredReader:
+    """Reads units of an impression table as request rows; keeps the last file open."""
+
+    def __init__(self, schema: Schema, columns: Sequence[str]) -> None:
+        self.schema, self.columns = schema, list(columns)
+        wanted = [*columns, *schema.keys.impression, *([schema.keys.position] if schema.keys.position else [])]
+        self.stored = [name for name in dict.fromkeys(wanted) if name != NUM_IMPRESSIONS]
+        self._open: tuple[str, pq.ParquetFile, list[int]] | None = None
+
+    def _file(self, path: str) -> tuple[str, pq.ParquetFile, list[int]]:
+        if self._open is None or self._open[0] != path:
+            filesystem, inner = open_filesystem(path)
+            file = pq.ParquetFile(filesystem.open_input_file(inner))
+            rows = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+            self._open = (path, file, np.cumsum([0, *rows]).tolist())
+        return self._open
+
+    def read(self, unit: UnitRef) -> pa.Table:
+        """The unit's request rows. Raises BadShard where the file is missing, damaged or changed."""
+        assert unit.rows is not None
+        begin, count = unit.rows
+        index = "index it again with jobs/index_impressions.py"
+        try:
+            _, file, starts = self._file(unit.path)
+            left = int(np.searchsorted(starts, begin, side="right")) - 1
+            right = int(np.searchsorted(starts, begin + count, side="left"))
+            if begin + count > starts[-1]:
+                raise BadShard(f"{unit.path} has {starts[-1]} rows, fewer than the manifest says; {index}")
+            table = file.read_row_groups(list(range(left, right)), columns=self.stored, use_threads=False)
+        except FileNotFoundError:
+            raise BadShard(f"{unit.path} is missing; restore it, or {index}") from None
+        except (OSError, pa.ArrowException) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise BadShard(
+                f"{unit.path} cannot be read, it is truncated or damaged ({reason}); restore it, or {index}"
+            ) from None
+        requests = form_requests(table.slice(begin - starts[left], count), self.schema, self.columns)
+        if requests.num_rows != unit.requests:
+            raise BadShard(
+                f"{unit.path}, rows {begin} to {begin + count}: {requests.num_rows} requests, the manifest says "
+                f"{unit.requests}; {index}"
+            )
+        return requests
+
+
+# ---- the index -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Indexed:
+    """A file's entry in the manifest, and the hash of each request once per piece that it lies in."""
+
+    file: ShardFile | None
+    pieces: Hashes
+
+
+def _uri(root: str, inner: str) -> str:
+    """The path as a reader opens it: with the scheme of the configured path."""
+    scheme, separator, _ = root.partition("://")
+    return f"{scheme}://{inner}" if separator and scheme != "file" else inner
+
+
+def _index_file(item: ParquetInput, schema: Schema, cluster: Sequence[str], unit_requests: int) -> _Indexed:
+    names = list(dict.fromkeys([*schema.keys.request, *cluster, schema.keys.time]))
+    with open_parquet(item.root, item.path) as file:
+        try:
+            table = file.read(columns=names, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{item.path} cannot be read ({error}); write or copy it again") from None
+    for name in {*schema.keys.request, *cluster}:
+        if table.column(name).null_count:
+            raise DataError(f"{item.path}: key column '{name}' has {table.column(name).null_count} nulls; remove them")
+    rows = table.num_rows
+    if not rows:
+        return _Indexed(None, np.zeros(0, np.uint64))
+    keys, clusters = hash_rows(table, schema.keys.request), hash_rows(table, cluster)
+    run = np.concatenate([[0], np.cumsum(clusters[1:] != clusters[:-1])])  # (rows,)
+    order = np.lexsort([keys, run])  # pieces: distinct (run, request)
+    new = np.concatenate([[True], (keys[order][1:] != keys[order][:-1]) | (run[order][1:] != run[order][:-1])])
+    pieces = order[new]
+    requests_of_run = np.bincount(run[pieces])
+    before = np.cumsum(requests_of_run) - requests_of_run
+    opens = np.concatenate([[True], before[1:] // unit_requests != before[:-1] // unit_requests])  # (runs,)
+    first_of_run = np.flatnonzero(np.concatenate([[True], run[1:] != run[:-1]]))
+    starts = first_of_run[opens]
+    stops = np.append(starts[1:], rows)
+    requests = np.add.reduceat(requests_of_run, np.flatnonzero(opens))
+    seconds = epoch_seconds(table.column(schema.keys.time), schema.keys.time)
+    days = utc_days(seconds)
+    units = [
+        Unit(requests=int(r), impressions=int(stop - start), tokens=0, first_row=int(start))
+        for r, start, stop in zip(requests, starts, stops, strict=True)
+    ]
+    size = sum(item.metadata.row_group(group).total_byte_size for group in range(item.metadata.num_row_groups))
+    entry = ShardFile(
+        path=_uri(item.root, item.path),
+        day=day_name(int(days[0])) if (days == days[0]).all() else MIXED_DAYS,
+        requests=len(pieces),
+        impressions=rows,
+        tokens=0,
+        bytes=size,
+        time_min=float(seconds.min()),
+        time_max=float(seconds.max()),
+        units=units,
+    )
+    return _Indexed(entry, keys[pieces])
+
+
+def _mean_tokens(item: ParquetInput, schema: Schema) -> float:
+    """Mean history events of an impression's request, on the first row group: for cost estimates alone."""
+    if not schema.sequences:
+        return 0.0
+    names = [feature.source_columns[0] for feature in schema.sequences]
+    with open_parquet(item.root, item.path) as file:
+        table = file.read_row_group(0, columns=names, use_threads=False)
+    plain = table.cast(pa.schema([pa.field(name, plain_type(table.schema.field(name).type)) for name in names]))
+    return float(sum(list_parts(as_array(plain.column(name)))[0].mean() for name in names)) if plain.num_rows else 0.0
+
+
+def index_impressions(
+    data_set: str, paths: Sequence[str], schema: Schema, cluster: Sequence[str] = (), unit_requests: int = 1024
+) -> Manifest:
+    """Publishes, as a data set at ``data_set``, the impression table at ``paths``: nothing of it is rewritten.
+
+    ``cluster``: the columns by which its rows lie together (a session), by default the request key. Raises
+    DataError where a request does not lie in one piece, with the fraction that does not and the command that
+    clusters the table.
+    """
+    inputs = read_footers(paths)
+    common_schema(inputs, list(dict.fromkeys([*schema.columns, *cluster])))
+    by = list(cluster) or list(schema.keys.request)
+    with ThreadPoolExecutor(THREADS) as pool:
+        indexed = list(pool.map(lambda item: _index_file(item, schema, by, unit_requests), inputs))
+    pieces = np.sort(np.concatenate([part.pieces for part in indexed]))
+    if not len(pieces):
+        raise DataError(f"{', '.join(paths)}: {len(inputs)} Parquet files without a single row")
+    again = np.unique(pieces[1:][pieces[1:] == pieces[:-1]])
+    if len(again):
+        distinct = int((np.diff(pieces) != 0).sum()) + 1
+        raise DataError(
+            f"{', '.join(paths)} is not clustered by {', '.join(by)}: {len(again):,} of {distinct:,} requests "
+            f"({len(again) / distinct:.1%}) lie in several places; group it into request shards with "
+            "python jobs/build_requests.py --config FILE, or write it sorted by these columns"
+        )
+    tokens = _mean_tokens(inputs[0], schema)
+    files = [
+        part.file.model_copy(update={"tokens": round(tokens * part.file.requests)}) for part in indexed if part.file
+    ]
+    version = max(manifest_versions(data_set), default=0) + 1
+    manifest = Manifest(
+        version=version,
+        schema_yaml=schema.to_yaml(),
+        schema_digest=schema.digest,
+        files=files,
+        counts={"requests": len(pieces), "impressions": sum(file.impressions for file in files)},
+    )
+    publish_manifest(data_set, manifest)
+    return manifest

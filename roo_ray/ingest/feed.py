@@ -1,0 +1,172 @@
+"""The reading function in Ray Data tasks: one execution of Ray Data outside the trainers, for all of them.
+
+A ``Feed`` is an actor that runs the pipeline: a task and a block per window, in the planned order. It hands the
+trainers references, never data: each rank asks for the next block of its own lanes and takes it from the object
+store, as views of shared memory where it lies on the same node. Ray Data reads ahead as far as its memory budget
+goes; the feed takes blocks from it only while a rank is short of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import DataContext, ExecutionResources
+
+from roo_ray import session
+from roo_ray.errors import BadInput
+from roo_ray.ingest.pack import PackSettings, pack_window
+from roo_ray.ingest.plan import Window
+from roo_ray.ingest.settings import StreamSettings
+
+ERROR = "error"
+WINDOWS_AHEAD = 2  # blocks that wait in the feed for each rank; a rank has its own batches beside them
+WINDOWS_AT_ONCE = 4096  # of one execution: Ray Data holds its whole input as objects
+
+
+def _read_block(block: pa.Table, settings: PackSettings) -> Iterator[pa.Table]:
+    """Runs in a Ray Data task. Bad input travels as a row of its own: as an exception it would be wrapped and
+    logged with some 200 lines of Ray's own frames."""
+    for window in block.column("window").to_pylist():
+        try:
+            yield pack_window(settings, pickle.loads(window))
+        except BadInput as error:
+            yield pa.table({ERROR: [pickle.dumps(error)]})
+            return
+
+
+def read_blocks(settings: PackSettings, windows: Iterable[Window], held_cpus: float) -> Iterator[tuple[int, Any]]:
+    """(lane, reference to the packed table) of each window, in their order, read by Ray Data.
+
+    ``held_cpus``: CPUs of the cluster that are not for reading. Ray must be initialised.
+    """
+    session.quiet_data_context()
+    context = DataContext.get_current()
+    context.target_max_block_size = None  # a window stays one block
+    windows = iter(windows)
+    while some := list(islice(windows, WINDOWS_AT_ONCE)):
+        items: list[dict[str, Any]] = [{"window": pickle.dumps(window)} for window in some]
+        blocks = ray.data.from_items(items, override_num_blocks=len(items))
+        options = blocks.context.execution_options
+        options.preserve_order = True
+        cpus = ray.cluster_resources().get("CPU", 1.0)
+        options.resource_limits = ExecutionResources(cpu=max(1, int(cpus - held_cpus)))
+        packed = blocks.map_batches(
+            _read_block,
+            batch_size=None,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            fn_kwargs={"settings": settings},
+            num_cpus=1,
+        )
+        lanes = iter([window.lane for window in some])
+        bundles = packed.iter_internal_ref_bundles()
+        try:
+            for bundle in bundles:
+                for entry in bundle.blocks:
+                    yield next(lanes), entry.ref
+        finally:
+            close = getattr(bundles, "close", None)
+            if close is not None:
+                close()
+        if next(lanes, None) is not None:
+            raise RuntimeError("Ray Data ended with windows missing")
+
+
+class Feed:
+    """Runs in an actor of its own; see the module's docstring. ``owners``: the lanes of each rank."""
+
+    def __init__(self, settings: StreamSettings, owners: Sequence[Sequence[int]], held_cpus: float) -> None:
+        self.owner = {lane: rank for rank, lanes in enumerate(owners) for lane in lanes}
+        self.queues: list[deque[Any]] = [deque() for _ in owners]
+        self.changed = threading.Condition()
+        self.arrived = [asyncio.Event() for _ in owners]
+        self.waiting = [False for _ in owners]
+        self.ended = False
+        self.error: BaseException | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.arguments = (settings, held_cpus)
+        self.thread = threading.Thread(target=self._pull, name="roo-ray-feed", daemon=True)
+
+    def _pull(self) -> None:
+        settings, held_cpus = self.arguments
+        try:
+            packing, plans = settings.open()
+            lanes = sorted(self.owner)
+            windows = (window for plan in plans for window in plan.reading_order(lanes, settings.start))
+            for lane, block in read_blocks(packing, windows, held_cpus):
+                rank = self.owner[lane]
+                with self.changed:
+                    self.queues[rank].append(block)
+                    self._wake(rank)
+                    del block
+                    self.changed.wait_for(self._hungry)
+        except BaseException as error:
+            self.error = error
+        finally:
+            with self.changed:
+                self.ended = True
+                for rank in range(len(self.queues)):
+                    self._wake(rank)
+
+    def _hungry(self) -> bool:
+        # any rank: blocks come in a fixed order, and the one a rank waits for may be behind another's
+        return any(len(queue) < WINDOWS_AHEAD for queue in self.queues)
+
+    def _wake(self, rank: int) -> None:
+        assert self.loop is not None
+        self.loop.call_soon_threadsafe(self.arrived[rank].set)
+
+    async def next(self, rank: int) -> list[Any]:
+        """[reference to the rank's next packed table], waiting for it; empty after the last one."""
+        if self.loop is None:
+            self.loop = asyncio.get_running_loop()
+            self.thread.start()
+        while True:
+            self.arrived[rank].clear()
+            with self.changed:
+                if self.queues[rank]:
+                    block = self.queues[rank].popleft()
+                    self.changed.notify_all()
+                    return [block]
+                if self.ended:
+                    if self.error is not None:
+                        raise self.error
+                    return []
+            await self.arrived[rank].wait()
+
+
+def held_cpus(world_size: int) -> float:
+    """CPUs that the trainers hold, if the caller is one of ``world_size`` alike."""
+    if ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
+        return 0.0
+    return float(ray.get_runtime_context().get_assigned_resources().get("CPU", 0.0) * world_size)
+
+
+def open_feed(settings: StreamSettings, owners: Sequence[Sequence[int]], held: float) -> Any:
+    """The actor that feeds ranks which own these lanes; it ends with the last handle on it. It takes no CPU."""
+    return ray.remote(Feed).options(num_cpus=0, max_concurrency=len(owners) + 1).remote(settings, owners, held)
+
+
+def blocks_of_rank(feed: Any, rank: int) -> Iterator[pa.Table]:
+    """The packed tables of a rank's lanes, in order; one is asked for while the one before is worked on.
+
+    Raises the DataError of the reading function.
+    """
+    coming = feed.next.remote(rank)
+    while found := ray.get(coming):
+        coming = feed.next.remote(rank)
+        table = ray.get(found[0])
+        del found
+        if ERROR in table.column_names:
+            raise pickle.loads(table.column(ERROR)[0].as_py())
+        yield table
+        del table

@@ -1,0 +1,192 @@
+"""The requests of a window, read, ordered, split and cut into batches: what ``pack.py`` packs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from roo_ray.config import Holdout
+from roo_ray.errors import DataError
+from roo_ray.ingest.budget import IMPRESSION_COST, Load, RequestCosts, batch_bounds, interleave, split_oversize
+from roo_ray.ingest.columns import Where, seconds_of
+from roo_ray.ingest.holdout import rows_of_side
+from roo_ray.ingest.lists import Lists, ranges, split_lists
+from roo_ray.ingest.plan import Side, Window, permutation
+from roo_ray.ingest.read import NUM_IMPRESSIONS
+from roo_ray.ingest.rows import read_requests
+from roo_ray.requests.hashing import hash_array, hash_rows
+from roo_ray.schema import Schema
+
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PackSettings:
+    """What the reading function needs beside a window; see ``config.Ingest``. ``cost``: coefficients of 1, t,
+    t squared, n and n t. ``form`` ``impression``: the same batches, every impression a request of its own, as
+    ``RequestBatch.explode`` gives them."""
+
+    data_set: str
+    schema: Schema
+    holdout: Holdout
+    side: Side
+    batch_impressions: int | None
+    batch_cost: float | None = None
+    cost: tuple[float, ...] = IMPRESSION_COST
+    oversize: Literal["own", "split"] = "own"
+    interleave: int | None = None
+    on_bad_shard: Literal["fail", "skip"] = "fail"
+    form: Literal["request", "impression"] = "request"
+
+
+def _owners(lengths: Integers) -> Callable[[int], int]:
+    """Which list an element of flattened lists is in."""
+    return lambda element: int(np.searchsorted(np.cumsum(lengths), element, side="right"))
+
+
+def take(values: pa.Array, index: Integers) -> pa.Array:
+    """The values at ``index`` (N,), which must be within them."""
+    return pc.take(values, pa.array(index), boundscheck=False)
+
+
+class WindowRows:
+    """The requests of a window in packed order. ``rows`` (B,) int64: their rows in the table as read, a row twice
+    where its request is split; ``counts`` (B,): their impressions, from the ``first`` (B,) of the row's on;
+    ``bounds`` (batches + 1,): the first request of each batch."""
+
+    def __init__(self, settings: PackSettings, window: Window) -> None:
+        self.settings, self.window, self.schema = settings, window, settings.schema
+        self._columns: dict[str, pa.Array] = {}
+        read = read_requests(settings.data_set, window.units, self.schema, settings.on_bad_shard)
+        self.table, self.units, self.skipped = read.table, read.units, read.skipped
+        keys = hash_rows(self.table, self.schema.keys.request)
+        mine = rows_of_side(keys, settings.holdout, settings.side)
+        self.rows = np.arange(self.table.num_rows) if mine is None else np.flatnonzero(mine)
+        if window.shuffle is not None:
+            self.rows = self.rows[permutation(len(self.rows), window.shuffle)]
+        self.counts = self._counts()
+        if window.by_time:
+            times = seconds_of(self.values(self.schema.keys.time), self.schema.keys.time, self.where)
+            self._reorder(np.argsort(times, kind="stable"))
+        self.first = np.zeros(len(self.rows), np.int64)
+        self.mark: Integers | None = None
+        self._fill_batches()
+        self.keys = keys[self.rows].view(np.int64)
+        self._aligned: tuple[Integers, Integers] | None = None
+
+    def _reorder(self, order: Integers) -> None:
+        self.rows, self.counts = self.rows[order], self.counts[order]
+
+    def _fill_batches(self) -> None:
+        """Splits what is to be split, and decides which requests make up which batch."""
+        settings, costs = self.settings, self._request_costs()
+        if settings.oversize == "split":
+            parts = split_oversize(self.counts, costs, settings.batch_impressions, settings.batch_cost)
+            self.rows, self.counts = self.rows[parts.request], parts.counts
+            self.first, self.mark, costs = parts.first, parts.mark, costs.take(parts.request)
+        cost = costs.at(self.counts)
+        loads: list[Load] = [(self.counts, settings.batch_impressions)] if settings.batch_impressions else []
+        loads += [(cost, settings.batch_cost)] if settings.batch_cost else []
+        self.users = hash_array(self.values(self.schema.keys.user)).view(np.int64)
+        if settings.interleave is None:
+            self.bounds = batch_bounds(loads, len(self.rows))
+        else:
+            order, self.bounds = interleave(self.users, loads, settings.interleave)
+            self._reorder(order)
+            self.first, self.users, cost = self.first[order], self.users[order], cost[order]
+            self.mark = None if self.mark is None else self.mark[order]
+        self.batch_costs = np.add.reduceat(cost, self.bounds[:-1]) if len(cost) else np.zeros(0)
+
+    def _request_costs(self) -> RequestCosts:
+        """The costs of the requests; reads the lengths of histories only where they cost anything."""
+        tokens, squares = np.zeros((2, len(self.rows)), np.int64)
+        if any(self.settings.cost[i] for i in (1, 2, 4)):
+            for feature in self.schema.sequences:
+                lengths = self.lists(feature.source_columns[0]).lengths[self.rows]
+                kept = np.minimum(lengths, feature.max_length or 0)
+                tokens, squares = tokens + kept, squares + kept * kept
+        return RequestCosts.of(self.settings.cost, tokens, squares)
+
+    def column(self, name: str) -> pa.Array:
+        """A column as read, as one array."""
+        if name not in self._columns:
+            column = self.table.column(name)
+            array = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+            if pa.types.is_fixed_size_list(array.type):
+                array = array.cast(pa.list_(array.type.value_type))
+            self._columns[name] = array
+        return self._columns[name]
+
+    def values(self, name: str) -> pa.Array:
+        """(B,): a request-level column in packed order."""
+        return take(self.column(name), self.rows)
+
+    def where(self, request: int) -> str:
+        """Names a request, by its place in packed order, and its file: for error messages."""
+        return self.where_row(int(self.rows[request])) if len(self.rows) else self.settings.data_set
+
+    def where_row(self, row: int) -> str:
+        """Names the request in a row of the table as read."""
+        key = ", ".join(f"{name}={self.table.column(name)[row]}" for name in self.schema.keys.request)
+        ends = np.cumsum([unit.requests for unit in self.units])
+        path = self.units[int(np.searchsorted(ends, row, side="right"))].path
+        return f"request {key} of {self.settings.data_set}/{path}"
+
+    def _counts(self) -> Integers:
+        column = self.values(NUM_IMPRESSIONS)
+        counts = np.asarray(column.fill_null(0)).astype(np.int64)
+        if (counts < 1).any():
+            at = int(np.argmax(counts < 1))
+            raise DataError(
+                f"column '{NUM_IMPRESSIONS}' is {column[at]} in {self.where(at)}; a request has at least one "
+                "impression: build the data set again"
+            )
+        return counts
+
+    def lists(self, name: str) -> Lists:
+        """The lists of a column as read (in stored order). Raises DataError where it holds no lists."""
+        array = self.column(name)
+        try:
+            return split_lists(array)
+        except TypeError:
+            raise DataError(
+                f"column '{name}' holds {array.type}, and the schema needs a list per request, in "
+                f"{self.where(0)}; correct the schema, or build the data set again with it"
+            ) from None
+
+    def _index(self, lists: Lists) -> Integers:
+        """(B_NRO,) int64 into the flat values; aligned columns, whose lists lie alike, share one index."""
+        if self._aligned is None or not np.array_equal(self._aligned[0], lists.starts):
+            self._aligned = (lists.starts, ranges(lists.starts[self.rows] + self.first, self.counts))
+        return self._aligned[1]
+
+    def impressions(self, name: str) -> tuple[pa.Array, Integers]:
+        """(flat values as read, index (B_NRO,) into them of each impression in packed order).
+
+        Raises DataError where a request's list is not as long as its number of impressions.
+        """
+        lists = self.lists(name)
+        wanted = np.asarray(self.column(NUM_IMPRESSIONS).fill_null(0)).astype(np.int64)
+        wrong = (lists.lengths != wanted)[self.rows]
+        if wrong.any():
+            row = int(self.rows[np.argmax(wrong)])
+            raise DataError(
+                f"column '{name}' has {lists.lengths[row]} values for {wanted[row]} impressions in "
+                f"{self.where_row(row)}; build the data set again"
+            )
+        return lists.values, self._index(lists)
+
+    def where_impression(self, impression: int) -> str:
+        """Names the request of an impression, by its place in packed order."""
+        return self.where(_owners(self.counts)(impression))
+
+    def where_element(self, lengths: Integers, list_where: Where) -> Where:
+        """Names an element of flattened lists of ``lengths`` by what names its list."""
+        owner = _owners(lengths)
+        return lambda element: list_where(owner(element))

@@ -1,0 +1,125 @@
+"""Batches by budget, splitting and interleaving, against rules applied one request at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+from hypothesis import given
+from hypothesis import settings as limits
+from hypothesis import strategies as st
+
+from roo_ray.ingest.budget import IMPRESSION_COST, RequestCosts, batch_bounds, interleave, split_oversize
+from roo_ray.ingest.diagnostics import negative_pairs, user_stats
+
+counts_lists = st.lists(st.integers(1, 40), max_size=50)
+whole_numbers = st.tuples(*[st.integers(0, 5)] * 5).map(lambda c: tuple(map(float, c)))
+
+
+def costs_of(coefficients: tuple[float, ...], tokens: list[int]) -> RequestCosts:
+    t = np.array(tokens, np.int64)
+    return RequestCosts.of(coefficients, t, t * t)
+
+
+@limits(max_examples=50, deadline=None)
+@given(counts_lists, st.integers(1, 60), st.integers(1, 500), whole_numbers, st.randoms())
+def test_no_batch_is_over_any_budget_but_single_oversize_requests(
+    counts, impressions, cost, coefficients, draw
+) -> None:  # type: ignore[no-untyped-def]
+    sizes = np.array(counts, np.int64)
+    costs = costs_of(coefficients, [draw.randrange(12) for _ in counts]).at(sizes)
+    loads = [(sizes, impressions), (costs, cost)]
+    bounds = batch_bounds(loads, len(counts)).tolist()
+    assert bounds[0] == 0
+    assert bounds[-1] == len(counts)
+    for start, end in pairwise(bounds):
+        assert end > start
+        fits = sizes[start:end].sum() <= impressions and costs[start:end].sum() <= cost
+        assert fits or end - start == 1
+        if end < len(counts):  # filled: the next request would not have fitted
+            assert sizes[start : end + 1].sum() > impressions or costs[start : end + 1].sum() > cost
+
+
+def test_the_cost_is_the_published_polynomial() -> None:
+    costs = costs_of((7.0, 5.0, 3.0, 2.0, 11.0), [0, 4])
+    assert costs.at(np.array([3, 6])).tolist() == [7 + 2 * 3, 7 + 5 * 4 + 3 * 16 + 2 * 6 + 11 * 6 * 4]
+    assert costs_of(IMPRESSION_COST, [9]).at(np.array([4])).tolist() == [4]
+
+
+@limits(max_examples=50, deadline=None)
+@given(
+    counts_lists,
+    st.one_of(st.none(), st.integers(1, 30)),
+    st.one_of(st.none(), st.integers(1, 200)),
+    whole_numbers,
+    st.randoms(),
+)
+def test_split_requests_keep_every_impression_once_and_fit(counts, impressions, cost, coefficients, draw) -> None:  # type: ignore[no-untyped-def]
+    sizes = np.array(counts, np.int64)
+    costs = costs_of(coefficients, [draw.randrange(6) for _ in counts])
+    parts = split_oversize(sizes, costs, impressions, cost)
+    for request, count in enumerate(counts):
+        mine = parts.request == request
+        seen = [i for f, n in zip(parts.first[mine], parts.counts[mine], strict=True) for i in range(f, f + n)]
+        assert seen == list(range(count))
+        marks = parts.mark[mine].tolist()
+        assert marks == [0] if len(marks) == 1 else marks == [1] + [2] * (len(marks) - 1)
+        fits = (impressions is None or count <= impressions) and (cost is None or costs.at(sizes)[request] <= cost)
+        if fits:
+            assert marks == [0]
+    part_costs = costs.take(parts.request).at(parts.counts)
+    one_fits = costs.at(np.ones(len(sizes), np.int64))[parts.request] <= (cost or np.inf)
+    assert (part_costs[one_fits] <= (cost or np.inf)).all()
+    assert (parts.counts <= (impressions or np.inf)).all()
+
+
+@limits(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(1, 5)), max_size=60), st.integers(1, 3), st.integers(3, 20))
+def test_interleaving_loses_nothing_and_crowds_only_where_users_run_out(requests, limit, budget) -> None:  # type: ignore[no-untyped-def]
+    users = np.array([user for user, _ in requests], np.int64)
+    sizes = np.array([size for _, size in requests], np.int64)
+    order, bounds = interleave(users, [(sizes, budget)], limit)
+    assert sorted(order.tolist()) == list(range(len(requests)))
+    for start, end in pairwise(bounds.tolist()):
+        batch, left = users[order[start:end]], users[order[end:]]
+        assert sizes[order[start:end]].sum() <= budget or end - start == 1
+        crowded = sum(max(n - limit, 0) for n in Counter(batch.tolist()).values())
+        if crowded:  # every other request that was left is of a user who has his fill already
+            taken = Counter(batch.tolist())
+            assert all(taken[user] >= limit for user in left.tolist())
+    _, beyond = user_stats(bounds, users[order], limit) if len(users) else (None, np.zeros(0))
+    expected = [
+        sum(max(n - limit, 0) for n in Counter(users[order[a:b]].tolist()).values())
+        for a, b in pairwise(bounds.tolist())
+    ]
+    assert beyond.tolist() == expected
+
+
+def test_interleaving_keeps_users_apart_where_it_can() -> None:
+    users = np.repeat(np.arange(50), 20)  # sorted by user, as shards are
+    order, bounds = interleave(users, [(np.ones(1000, np.int64), 50)], 1)
+    assert len(bounds) == 21
+    assert user_stats(bounds, users[order], 1)[1].sum() == 0
+    assert user_stats(bounds, users, 1)[1].sum() > 900
+
+
+@limits(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(0, 4)), max_size=40))
+def test_false_negatives_are_counted_as_they_are_defined(positives: list[tuple[int, int, int]]) -> None:
+    positives = sorted(positives)
+    batch, users, items = np.array(positives, np.int64).reshape(-1, 3).T
+    pairs, false = negative_pairs(batch, users, items, 4)
+    for of in range(4):
+        mine = [(u, i) for b, u, i in positives if b == of]
+        ordered = [(a, b) for x, a in enumerate(mine) for y, b in enumerate(mine) if x != y]
+        assert pairs[of] == len(ordered)
+        assert false[of] == sum((user, item) in set(mine) for (user, _), (_, item) in ordered)
+
+
+@limits(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 5), max_size=9), min_size=1, max_size=5))
+def test_users_of_a_batch(batches: list[list[int]]) -> None:
+    bounds = np.cumsum([0, *map(len, batches)])
+    users = np.array([user for batch in batches for user in batch], np.int64)
+    assert user_stats(bounds, users, None)[0].tolist() == [len(set(batch)) for batch in batches]

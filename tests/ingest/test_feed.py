@@ -1,0 +1,123 @@
+"""The feed: one execution of Ray Data for all ranks, the identical stream, and what happens when workers die."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from roo_ray.config import Holdout
+from roo_ray.errors import DataError
+from roo_ray.ingest.plan import Position
+from roo_ray.ingest.stream import RankStream, StreamSettings, shared_feed
+from tests.ingest.shard_maker import Row
+from tests.ingest.test_stream import equal, lose_a_shard, request_keys, take_epoch, world
+
+
+def by_ray(how: StreamSettings, **changes: Any) -> StreamSettings:
+    return replace(how, ingest=how.ingest.model_copy(update={"reader": "ray_data", **changes}))
+
+
+def fed(how: StreamSettings, size: int) -> list[RankStream]:
+    """Ranks that share one feed."""
+    feed = shared_feed(how, size)
+    return [RankStream(how, rank, size, feed) for rank in range(size)]
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_ray_data_delivers_the_identical_stream(
+    data: tuple[StreamSettings, list[Row]], local_ray: None, size: int
+) -> None:
+    """One execution for all ranks."""
+    how, _ = data
+    how = replace(how, ingest=how.ingest.model_copy(update={"lanes": 8}))
+    threads, pipelines = world(how, size), fed(by_ray(how), size)
+    for epoch in (0, 1):
+        left, right = take_epoch(threads, epoch), take_epoch(pipelines, epoch)
+        assert len(left) == len(right) > 2
+        for ours, rays in zip(left, right, strict=True):
+            for a, b in zip(ours, rays, strict=True):
+                assert (a.lanes_alive, a.requests, a.impressions) == (b.lanes_alive, b.requests, b.impressions)
+                assert equal(a.batch, b.batch)
+
+
+def test_ray_data_raises_the_original_error_and_nothing_else(
+    tmp_path: Path, local_ray: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    how, shard = lose_a_shard(tmp_path, "ray_data")
+    shard.unlink()
+    with pytest.raises(DataError, match=r"2024-03-01/002\.parquet is missing") as error:
+        list(islice(RankStream(how, 0, 1).epoch(0), 50))
+    assert "\n" not in str(error.value)
+    printed = capfd.readouterr()
+    assert len((printed.out + printed.err).splitlines()) < 5
+
+
+def test_windows_without_requests_resume_and_a_feed_of_its_own(
+    data: tuple[StreamSettings, list[Row]], local_ray: None
+) -> None:
+    how, rows = data
+    how = replace(how, holdout=Holdout(by="request", fraction=0.02), side="evaluation", epochs=(0,))
+    how = replace(how, ingest=how.ingest.model_copy(update={"window_units": 1}))
+    whole = take_epoch(world(how, 1), 0)
+    keys = [key for step in whole for key in request_keys(step)]
+    assert 0 < len(keys) < len(rows) / 6
+    stream = world(by_ray(how), 1)[0]
+    steps = stream.epoch(0)
+    assert request_keys([next(steps)]) == request_keys(whole[0])
+    second = next(steps)
+    position = Position(0, tuple(second.position[lane] for lane in range(4)))
+    stream.close()
+    assert not stream._thread.is_alive()
+    rest = take_epoch(world(replace(by_ray(how), start=position), 1), 0)
+    assert [request_keys(step) for step in rest] == [request_keys(step) for step in whole[2:]]
+
+
+def reading_workers() -> set[int]:
+    """The processes of this Ray that run the reading function now."""
+    raylet = ray._private.worker._global_node.all_processes["raylet"][0].process.pid
+    found = set()
+    for process in psutil.Process(raylet).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "_read_block" in " ".join(process.cmdline()):
+                found.add(process.pid)
+    return found
+
+
+def test_a_worker_killed_while_it_reads_is_retried_and_every_request_comes_once(
+    tmp_path: Path, local_ray: None
+) -> None:
+    """A shard is a pipe at first, at which the tasks that read it hang; their processes are killed there."""
+    how, shard = lose_a_shard(tmp_path, "ray_data")
+    expected = [
+        request_keys(step)
+        for step in take_epoch(world(replace(how, ingest=how.ingest.model_copy(update={"reader": "thread"})), 1), 0)
+    ]
+    kept = shard.read_bytes()
+    shard.unlink()
+    os.mkfifo(shard)
+    got: list[list[int]] = []
+    consumer = threading.Thread(target=lambda: got.extend(map(request_keys, take_epoch(world(how, 1), 0))))
+    consumer.start()
+    deadline, hung = time.monotonic() + 200, set[int]()
+    while not hung and time.monotonic() < deadline:
+        before = reading_workers()
+        time.sleep(2)
+        hung = before & reading_workers()
+    assert hung  # a task for each unit of the shard
+    shard.unlink()
+    shard.write_bytes(kept)
+    for worker in hung:
+        os.kill(worker, signal.SIGKILL)
+    consumer.join(timeout=200)
+    assert got == expected
