@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from roo_ray.ingest.batch import segment_positions
+
 TIME_BUCKETS = 64  # half octaves: up to 2**32 seconds
 
 SCORES_PER_BUCKET = 1 << 17
@@ -30,6 +32,11 @@ def time_buckets(seconds: Tensor) -> Tensor:
     """
     half_octaves = (seconds.clamp(min=1.0).view(torch.int32) >> 22) - (127 << 1)
     return half_octaves.clamp_(max=TIME_BUCKETS - 1)
+
+
+def ranks_from_end(lengths: Tensor) -> Tensor:
+    """(T,) int64: how many places before the request each event stands, 1 for the newest."""
+    return torch.repeat_interleave(lengths, lengths) - segment_positions(lengths)
 
 
 @dataclass(frozen=True)
@@ -241,4 +248,7 @@ def attention(
     Result      (T, H * d).
     """
     best = bucketed_attention if qkv.device.type == "cpu" else padded_attention
+    if qkv.device.type == "cpu" and qkv.dtype != torch.float32:
+        with torch.autocast("cpu", enabled=False):  # scores in float32: the CPU gains nothing below it
+            return best(qkv.float(), layout, heads, normaliser, position, time).to(qkv.dtype)
     return best(qkv, layout, heads, normaliser, position, time)

@@ -19,6 +19,7 @@ from roo_ray.errors import ConfigError
 from roo_ray.ingest.batch import Jagged, RequestBatch, impression_id_keys, request_id_keys
 from roo_ray.models.contract import ModelInputs, SequenceInputs
 from roo_ray.models.jagged import segment_mean, segment_sum, sum_lengths
+from roo_ray.models.keyed_random import combine_keys
 from roo_ray.schema import Feature, Schema
 
 
@@ -142,6 +143,9 @@ def model_inputs(schema: Schema, batch: RequestBatch, embeddings: dict[str, Jagg
         request_ids={f.name: pool(embeddings[f.name], f) for f in schema.select("request", "ids")},
         sequences=sequences,
         impression_ids={f.name: pool(embeddings[f.name], f) for f in schema.select("impression", "ids")},
+        request_key=batch.request_key,
+        impression_key=combine_keys(batch.request_key[batch.request_of_impression()], batch.impression_index),
+        impression_real=(batch.weights > 0).any(dim=1),
     )
 
 
