@@ -159,7 +159,8 @@ class Model(Strict):
     ``dropout``: share of activations dropped in training. ``stochastic_length``: HSTU's alpha in (1, 2]; longer
     histories are subsampled to max_length ** (alpha / 2) events in training.
     Retrieval: ``temperature`` of its softmax; ``positive``: the label that makes an impression a positive
-    (default: the first); ``log_q``: correct sampled logits by the items' frequency.
+    (default: the first); ``item``: the impression-level id feature that names the item (default: the first);
+    ``log_q``: correct sampled logits by the items' frequency.
     """
 
     kind: ModelKind = "hstu"
@@ -183,6 +184,7 @@ class Model(Strict):
     stochastic_length: float | None = Field(default=None, gt=1, le=2)
     temperature: float = Field(default=0.05, gt=0)
     positive: str | None = None
+    item: str | None = None
     log_q: bool = True
     embeddings: Embeddings = Embeddings()
 
