@@ -200,7 +200,9 @@ class Training(Strict):
     ``epochs``, learning rates (row-wise Adagrad for embeddings, Adam for the rest). ``row_wise_from``: tables
     of at least so many rows are sharded row-wise, smaller ones table-wise. ``log_every``: steps.
     ``max_failures``: restarts of the worker group from the last checkpoint.
-    ``form``: ``request`` is ROO; ``impression`` trains the same batches exploded, the baseline."""
+    ``form``: ``request`` is ROO; ``impression`` trains the same batches exploded, the baseline.
+    ``autocast``: ``bf16`` runs the towers in bfloat16 where that is safe. ``deterministic``: only algorithms that
+    give the same bits each time, at equal workers and plan."""
 
     workers: int = Field(default=2, gt=0)
     gpu: bool = False
@@ -213,6 +215,8 @@ class Training(Strict):
     keep_checkpoints: int = Field(default=2, gt=0)
     max_failures: int = Field(default=1, ge=0)
     form: Literal["request", "impression"] = "request"
+    autocast: Literal["none", "bf16"] = "none"
+    deterministic: bool = False
     seed: int = 0
 
 

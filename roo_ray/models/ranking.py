@@ -57,7 +57,7 @@ class RankingModel(nn.Module):
         self.shorten = StochasticLength(schema, settings.stochastic_length)
         self.position = position_column(schema, settings)
         self.position_value = _as_ingested(schema, settings)
-        self.sparse = EmbeddingLookup(schema, sparse_device)
+        self.sparse = EmbeddingLookup(schema, sparse_device, settings.embeddings.weights)
 
     def inputs(self, batch: RequestBatch) -> ModelInputs:
         """What the towers see of a batch: no event from the request's time on, in training histories of
