@@ -7,6 +7,7 @@ import json
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from roo_ray.ingest.batch import Jagged, RequestBatch
 from roo_ray.schema import Schema, parse_schema
+
+warnings.filterwarnings("ignore")  # TorchRec's own, on every construction
 
 ITEMS, TOPICS, COUNTRIES = 100_000, 100, 64
 

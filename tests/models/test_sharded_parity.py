@@ -45,7 +45,8 @@ def test_sharded_requests_equal_unsharded_impressions(name: str, sharded: tuple[
         torch.testing.assert_close(step["loss"], loss.detach(), rtol=1e-5, atol=1e-6)
         for name, parameter in dense.items():
             assert parameter.grad is not None
-            torch.testing.assert_close(step["gradients"][name], parameter.grad, rtol=1e-3, atol=2e-6 * slack, msg=name)
+            difference = float((step["gradients"][name] - parameter.grad).abs().max())
+            assert difference <= slack * (2e-4 * float(parameter.grad.abs().max()) + 2e-6), f"{name}: {difference}"
         for optimizer in optimizers:
             optimizer.step()
     for name, weight in dense.items():
