@@ -15,6 +15,7 @@ impressions and history 200, never slower at 1 impression (within 3 %).
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,7 @@ def main() -> None:
     histories = [int(x) for x in (options.history or default).split(",")]
     counts = [int(x) for x in options.impressions.split(",")]
     if options.quick:
-        histories, counts, options.batch, options.rounds = histories[-1:], [1, 10], 160, 2
+        histories, counts, options.batch, options.rounds = histories[-1:], [1, 10], 80, 2
     rows, missed = [], []
     with tempfile.TemporaryDirectory() as folder:
         backend = "gloo" if device.type == "cpu" else "nccl"
@@ -181,6 +182,8 @@ def main() -> None:
                 for impressions in counts:
                     rows.append(measure(kind, history, impressions, options, device))
                     missed += missed_aims(rows[-1])
+                    line = f"{kind}, history {history}, {impressions} impressions: {rows[-1]['speedup']:.2f}x"
+                    print(line, file=sys.stderr, flush=True)
         dist.destroy_process_group()
     header = ["model", "history", "impressions", "ROO ms", "impression-level ms", "speed-up", "FLOPs ratio"]
     header += ["memory ratio", "all-to-all ratio"]

@@ -83,6 +83,10 @@ class RetrievalEvaluation:
         own = ItemIndex.of(torch.cat([i for i, _ in self._items]), torch.cat([v for _, v in self._items]))
         return ItemIndex.of(*gather_rows(own.ids, own.vectors))
 
+    def result(self) -> dict[str, float]:
+        """``compute`` on the index of the pass; nothing after a pass without batches (collective)."""
+        return self.compute(self.index()) if self._users else {}
+
     def compute(self, index: ItemIndex, at: Sequence[int] = (10, 50, 100)) -> dict[str, float]:
         """``recall@k`` over all ranks, for each k, and the requests and items it is measured on (collective)."""
         positives = Jagged.concat(self._positives)

@@ -139,7 +139,7 @@ class Worker:
         self.model.module.train()
         values = {f"eval/{name}": value for name, value in metrics.merge().compute().items()}
         if retrieval is not None:
-            values |= {f"eval/{name}": value for name, value in retrieval.compute(retrieval.index()).items()}
+            values |= {f"eval/{name}": value for name, value in retrieval.result().items()}
         for name, value in oracle.merge().compute().items():
             task, metric = name.split("/")
             if metric in ("ne", "auc"):
