@@ -9,7 +9,9 @@ batch around it. ``attention`` is the entry; ``padded_attention`` is the referen
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -74,10 +76,15 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the tokens of a batch's sequences lie in buckets; made once per batch, used by every layer."""
+    """How the tokens of a batch's sequences lie in buckets; made once per batch, used by every layer.
+
+    ``lengths``, ``ages``: what it was made of, for kernels that need no buckets.
+    """
 
     total: int
     buckets: tuple[Bucket, ...]
+    lengths: Tensor
+    ages: Tensor | None
 
 
 def layout(lengths: Tensor, ages: Tensor | None, max_buckets: int | None = None) -> Layout:
@@ -102,7 +109,7 @@ def layout(lengths: Tensor, ages: Tensor | None, max_buckets: int | None = None)
         if ages is not None:
             bucket = replace(bucket, ages=bucket.pad(ages.unsqueeze(1)).view(bucket.rows, length))
         buckets.append(bucket)
-    return Layout(int(lengths.sum()), tuple(buckets))
+    return Layout(int(lengths.sum()), tuple(buckets), lengths, ages)
 
 
 def default_buckets(lengths: Tensor) -> int:
@@ -282,8 +289,19 @@ def attention(
     time        (TIME_BUCKETS,) bias by bucket of the time between query and key, or None.
     Result      (T, H * d).
     """
-    best = bucketed_attention if qkv.device.type == "cpu" else padded_attention
-    if qkv.device.type == "cpu" and qkv.dtype != torch.float32:
-        with torch.autocast("cpu", enabled=False):  # scores in float32: the CPU gains nothing below it
-            return best(qkv.float(), layout, heads, normaliser, position, time).to(qkv.dtype)
-    return best(qkv, layout, heads, normaliser, position, time)
+    if qkv.device.type != "cpu":
+        if layout.buckets and _has_triton() and not torch.are_deterministic_algorithms_enabled():
+            from roo_ray.models.triton_attention import triton_attention
+
+            longest = max(bucket.length for bucket in layout.buckets)
+            return triton_attention(qkv, layout.lengths, layout.ages, longest, heads, normaliser, position, time)
+        return padded_attention(qkv, layout, heads, normaliser, position, time)
+    if qkv.dtype == torch.float32:
+        return bucketed_attention(qkv, layout, heads, normaliser, position, time)
+    with torch.autocast("cpu", enabled=False):  # scores in float32: the CPU gains nothing below it
+        return bucketed_attention(qkv.float(), layout, heads, normaliser, position, time).to(qkv.dtype)
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
