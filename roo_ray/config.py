@@ -315,21 +315,77 @@ class Ingest(Strict):
         return self
 
 
-class Model(Strict):
-    """A request-only ranking model: HSTU over history and user tower at B_RO, DCNv2 and task heads at B_NRO.
+ShardingKind = Literal["table_wise", "row_wise", "column_wise", "data_parallel", "grid"]
+EmbeddingOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd", "adam", "lamb"]
 
-    ``dim``: width of the history encoder. ``layers`` / ``heads``: HSTU layers (0: mean of the history) and
-    attention heads. ``user_dim``: width of the user vector that is fanned out. ``cross_layers`` /
-    ``cross_rank``: DCNv2 low-rank cross layers. ``tower``: hidden widths over the cross output.
+
+class Embeddings(Strict):
+    """How embedding tables are stored, placed and updated. What the device or the stack cannot do is refused
+    before training starts (docs/models.md, "What is refused where").
+
+    ``weights``: their type; bf16 on GPU only. ``optimizer``: runs in backward; Adam and LAMB on GPU only.
+    ``sharding``: table -> kind, where the default (row-wise from ``training.row_wise_from`` rows, otherwise
+    table-wise) is not wanted. ``uvm``: tables that live in host memory with a cache on the device (GPU only).
+    ``index_dedup``: look each id of a batch up once (GPU only).
     """
 
+    weights: Literal["fp32", "fp16", "bf16"] = "fp32"
+    optimizer: EmbeddingOptimizer = "rowwise_adagrad"
+    sharding: dict[str, ShardingKind] = Field(default_factory=dict)
+    uvm: list[str] = Field(default_factory=list)
+    index_dedup: bool = False
+
+
+ModelKind = Literal["dcn", "hstu", "hstu_targets", "cross_attention", "two_tower", "retrieval"]
+
+
+class Model(Strict):
+    """A request-only model (docs/models.md).
+
+    ``kind``: late-stage ranking ``dcn`` (DCNv2 over a pooled history), ``hstu`` (HSTU over the history),
+    ``hstu_targets`` (candidates in one HSTU sequence with the history), ``cross_attention`` (candidates attend
+    to the encoded history); early-stage ranking ``two_tower``; ``retrieval``. ``towers``: a team's own
+    ``package.module:Class`` instead, a RequestOnlyModel made from (schema, model config).
+
+    ``dim``: width of the history encoder. ``layers`` / ``heads``: HSTU layers (0: none) and attention heads.
+    ``attention_layers``: of cross_attention. ``history_pooling``: of dcn. ``user_dim``: width of the user vector
+    that is fanned out, and of both towers of two_tower and retrieval. ``cross_layers`` / ``cross_rank``: DCNv2
+    low-rank cross layers. ``tower``: hidden widths over the cross output. ``normalisation``: of towers; ``batch``
+    is BatchNorm with the statistics of the global batch, impressions counted.
+    ``task_heads``: one tower for all tasks, or MMoE with ``experts`` towers and a gate per task. ``score``: of
+    two_tower. ``position_feature``: an impression-level dense column that is a debiasing term of its own: it is
+    seen by nothing else, and is ``position_value`` in evaluation and serving.
+    ``dropout``: share of activations dropped in training. ``stochastic_length``: HSTU's alpha in (1, 2]; longer
+    histories are subsampled to max_length ** (alpha / 2) events in training.
+    Retrieval: ``temperature`` of its softmax; ``positive``: the label that makes an impression a positive
+    (default: the first); ``item``: the impression-level id feature that names the item (default: the first);
+    ``log_q``: correct sampled logits by the items' frequency.
+    """
+
+    kind: ModelKind = "hstu"
+    towers: str | None = Field(default=None, pattern=r"^[\w.]+:\w+$")
     dim: int = Field(default=64, gt=0)
     layers: int = Field(default=2, ge=0)
     heads: int = Field(default=2, gt=0)
+    attention_layers: int = Field(default=2, gt=0)
+    history_pooling: Literal["mean", "attention"] = "attention"
     user_dim: int = Field(default=64, gt=0)
     cross_layers: int = Field(default=2, ge=0)
     cross_rank: int = Field(default=32, gt=0)
     tower: list[int] = Field(default=[128, 64])
+    normalisation: Literal["layer", "rms", "batch"] = "layer"
+    task_heads: Literal["shared_bottom", "mmoe"] = "shared_bottom"
+    experts: int = Field(default=4, gt=0)
+    score: Literal["dot", "mlp"] = "dot"
+    position_feature: str | None = None
+    position_value: float = 1.0
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    stochastic_length: float | None = Field(default=None, gt=1, le=2)
+    temperature: float = Field(default=0.05, gt=0)
+    positive: str | None = None
+    item: str | None = None
+    log_q: bool = True
+    embeddings: Embeddings = Embeddings()
 
     @model_validator(mode="after")
     def _heads_divide_dim(self) -> Model:
@@ -344,7 +400,9 @@ class Training(Strict):
     of at least so many rows are sharded row-wise, smaller ones table-wise. ``log_every``: steps.
     ``max_failures``: restarts of the worker group from the last checkpoint. ``checkpoint_every_steps``:
     checkpoints within an epoch, beside the one at its end; training goes on exactly there.
-    ``form``: ``request`` is ROO; ``impression`` trains the same batches exploded, the baseline."""
+    ``form``: ``request`` is ROO; ``impression`` trains the same batches exploded, the baseline.
+    ``autocast``: ``bf16`` runs the towers in bfloat16 where that is safe. ``deterministic``: only algorithms that
+    give the same bits each time, at equal workers and plan."""
 
     workers: int = Field(default=2, gt=0)
     gpu: bool = False
@@ -358,6 +416,8 @@ class Training(Strict):
     checkpoint_every_steps: int | None = Field(default=None, gt=0)
     max_failures: int = Field(default=1, ge=0)
     form: Literal["request", "impression"] = "request"
+    autocast: Literal["none", "bf16"] = "none"
+    deterministic: bool = False
     seed: int = 0
 
 

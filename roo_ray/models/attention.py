@@ -9,7 +9,9 @@ batch around it. ``attention`` is the entry; ``padded_attention`` is the referen
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib.util
+from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -18,9 +20,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from roo_ray.ingest.batch import segment_positions
+
 TIME_BUCKETS = 64  # half octaves: up to 2**32 seconds
 
 SCORES_PER_BUCKET = 1 << 17
+QUERIES_PER_BLOCK = 128  # on CPU: a block skips the keys after it, but a small one is not worth its launches
+MASKED = -1e4  # a score at which SiLU and its slope are exactly 0
 
 
 def time_buckets(seconds: Tensor) -> Tensor:
@@ -32,32 +38,53 @@ def time_buckets(seconds: Tensor) -> Tensor:
     return half_octaves.clamp_(max=TIME_BUCKETS - 1)
 
 
+def ranks_from_end(lengths: Tensor) -> Tensor:
+    """(T,) int64: how many places before the request each event stands, 1 for the newest."""
+    return torch.repeat_interleave(lengths, lengths) - segment_positions(lengths)
+
+
 @dataclass(frozen=True)
 class Bucket:
     """Sequences padded to one length: R rows of L slots.
 
     ``tokens`` (T_b,) int64: the tokens of these sequences; ``slots`` (T_b,) int64: their places in the R * L
-    slots; ``gaps`` (R, L, L) uint8: bucket of the time between query and key, None without times.
+    slots; ``ages`` (R, L) float32 as in ``layout``, 0 where there is no token; None without times.
     """
 
     rows: int
     length: int
     tokens: Tensor
     slots: Tensor
-    gaps: Tensor | None
+    ages: Tensor | None
+    _gaps: dict[tuple[int, int], Tensor] = field(default_factory=dict, compare=False)
 
     def pad(self, values: Tensor) -> Tensor:
         """(T, C) of all tokens -> (R * L, C), 0 where there is no token."""
         padded = values.new_zeros(self.rows * self.length, values.shape[1])
         return padded.index_copy_(0, self.slots, values.index_select(0, self.tokens))
 
+    def gaps(self, first: int, last: int) -> Tensor | None:
+        """(R, last - first, last) int32: buckets of the time between the queries at ``first`` to ``last`` and the
+        keys before ``last``; made once, for all layers. None without times."""
+        if self.ages is None:
+            return None
+        if (first, last) not in self._gaps:
+            between = self.ages[:, None, :last] - self.ages[:, first:last, None]
+            self._gaps[first, last] = time_buckets(between)
+        return self._gaps[first, last]
+
 
 @dataclass(frozen=True)
 class Layout:
-    """How the tokens of a batch's sequences lie in buckets; made once per batch, used by every layer."""
+    """How the tokens of a batch's sequences lie in buckets; made once per batch, used by every layer.
+
+    ``lengths``, ``ages``: what it was made of, for kernels that need no buckets.
+    """
 
     total: int
     buckets: tuple[Bucket, ...]
+    lengths: Tensor
+    ages: Tensor | None
 
 
 def layout(lengths: Tensor, ages: Tensor | None, max_buckets: int | None = None) -> Layout:
@@ -80,11 +107,9 @@ def layout(lengths: Tensor, ages: Tensor | None, max_buckets: int | None = None)
         tokens = (starts[first:last].unsqueeze(1) + column).flatten().index_select(0, slots)  # (T_b,)
         bucket = Bucket(last - first, length, tokens, slots, None)
         if ages is not None:
-            age = bucket.pad(ages.unsqueeze(1)).view(bucket.rows, length)  # (R, L)
-            gaps = time_buckets(age.unsqueeze(1) - age.unsqueeze(2)).to(torch.uint8)  # (R, query, key)
-            bucket = Bucket(bucket.rows, length, tokens, slots, gaps)
+            bucket = replace(bucket, ages=bucket.pad(ages.unsqueeze(1)).view(bucket.rows, length))
         buckets.append(bucket)
-    return Layout(int(lengths.sum()), tuple(buckets))
+    return Layout(int(lengths.sum()), tuple(buckets), lengths, ages)
 
 
 def default_buckets(lengths: Tensor) -> int:
@@ -110,11 +135,11 @@ def _splits(descending: Tensor, max_buckets: int) -> list[tuple[int, int]]:
 def position_bias(weights: Tensor, length: int) -> Tensor:
     """(P,) by distance -> (L, L) by (query, key); distances from P - 1 on take the last weight."""
     place = torch.arange(length, device=weights.device)
-    return weights[_distances(place, weights.shape[0])]
+    return weights[_distances(place, place, weights.shape[0])]
 
 
-def _distances(place: Tensor, count: int) -> Tensor:
-    return (place.unsqueeze(1) - place).clamp_(0, count - 1)  # (L, L)
+def _distances(queries: Tensor, keys: Tensor, count: int) -> Tensor:
+    return (queries.unsqueeze(1) - keys).clamp_(0, count - 1)  # (queries, keys)
 
 
 def padded_attention(
@@ -128,10 +153,9 @@ def padded_attention(
     for bucket in layout.buckets:
         rows, length = bucket.rows, bucket.length
         q, k, v = bucket.pad(qkv).view(rows, length, 3, heads, -1).permute(2, 0, 3, 1, 4)  # (R, H, L, d) each
-        bias = position_bias(position, length)  # (L, L)
-        if time is not None and bucket.gaps is not None:
-            bias = bias + time[bucket.gaps.long()]  # (R, L, L)
-            bias = bias.unsqueeze(1)
+        bias, gaps = position_bias(position, length), bucket.gaps(0, length)  # (L, L), (R, L, L)
+        if time is not None and gaps is not None:
+            bias = (bias + time[gaps.long()]).unsqueeze(1)  # (R, 1, L, L)
         scores = functional.silu(q @ k.transpose(2, 3) + bias).tril()  # (R, H, L, L)
         mixed = (scores @ v).transpose(1, 2).reshape(rows * length, width) / normaliser
         out = out.index_copy(0, bucket.tokens, mixed.index_select(0, bucket.slots))
@@ -139,7 +163,8 @@ def padded_attention(
 
 
 class _BucketedAttention(torch.autograd.Function):
-    """Recomputes the scores in backward: what it keeps is linear in the number of tokens."""
+    """Recomputes the scores in backward: what it keeps is linear in the number of tokens. Queries go in blocks, and
+    a block looks at the keys up to its own end alone."""
 
     @staticmethod
     def forward(
@@ -155,10 +180,15 @@ class _BucketedAttention(torch.autograd.Function):
         ctx.layout, ctx.heads, ctx.normaliser = layout, heads, normaliser
         out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
         for bucket in layout.buckets:
-            q, k, v = _heads(bucket.pad(qkv), bucket, heads)
-            scores = functional.silu(_scores(q, k, bucket, position, time), inplace=True).tril_()
-            mixed = torch.bmm(scores, v).div_(normaliser)  # (R * H, L, d)
-            _unpad(out, mixed.view(1, bucket.rows, heads, bucket.length, -1), bucket)
+            q, k, v = _heads(bucket.pad(qkv), bucket, heads)  # (H, R, L, d) each
+            mixed = torch.empty_like(q)
+            for first, last in query_blocks(bucket.length):
+                bias = _bias(bucket, first, last, position, time)
+                for head in range(heads):
+                    scores = _scores(q, k, head, first, last, bias)
+                    functional.silu(scores, inplace=True)
+                    mixed[head, :, first:last] = torch.bmm(scores, v[head, :, :last])
+            _unpad(out, mixed.div_(normaliser).unsqueeze(0), bucket)
         return out
 
     @staticmethod
@@ -169,48 +199,67 @@ class _BucketedAttention(torch.autograd.Function):
         grad_position = torch.zeros_like(position)
         grad_time = None if time is None else torch.zeros_like(time)
         for bucket in ctx.layout.buckets:
-            rows, length = bucket.rows, bucket.length
-            q, k, v = _heads(bucket.pad(qkv), bucket, ctx.heads)
+            q, k, v = _heads(bucket.pad(qkv), bucket, ctx.heads)  # (H, R, L, d) each
             (grad_mixed,) = _heads(bucket.pad(grad_out).div_(ctx.normaliser), bucket, ctx.heads, 1)
-            raw = _scores(q, k, bucket, position, time)  # (R * H, L, L)
-            scores = functional.silu(raw).tril_()
-            grads = torch.empty(3, *q.shape, dtype=q.dtype, device=q.device)
-            torch.bmm(scores.transpose(1, 2), grad_mixed, out=grads[2])
-            grad_scores = torch.bmm(grad_mixed, v.transpose(1, 2)).tril_()
-            grad_raw = torch.ops.aten.silu_backward(grad_scores, raw)  # 0 above the diagonal and at padding
-            torch.bmm(grad_raw, k, out=grads[0])
-            torch.bmm(grad_raw.transpose(1, 2), q, out=grads[1])
-            _unpad(grad_qkv, grads.view(3, rows, ctx.heads, length, -1), bucket)
-            grad_bias = grad_raw.view(rows, ctx.heads, length, length).sum(1)  # (R, L, L)
-            place = torch.arange(length, device=qkv.device)
-            grad_position += _binned(grad_bias.sum(0), _distances(place, position.shape[0]), position)
-            if grad_time is not None and bucket.gaps is not None:
-                grad_time += _binned(grad_bias, bucket.gaps, grad_time)
+            grads = torch.zeros(3, *q.shape, dtype=q.dtype, device=q.device)
+            grad_q, grad_k, grad_v = grads
+            for first, last in query_blocks(bucket.length):
+                bias = _bias(bucket, first, last, position, time)
+                grad_bias = torch.zeros_like(bias)
+                for head in range(ctx.heads):
+                    raw = _scores(q, k, head, first, last, bias)  # (R, S, last)
+                    upstream = grad_mixed[head, :, first:last]
+                    grad_raw = torch.bmm(upstream, v[head, :, :last].transpose(1, 2))
+                    # 0 where masked: SiLU and its slope vanish far below 0; padding has a gradient of 0
+                    grad_raw = torch.ops.aten.silu_backward.grad_input(grad_raw, raw, grad_input=grad_raw)
+                    scores = functional.silu(raw, inplace=True)
+                    grad_v[head, :, :last].baddbmm_(scores.transpose(1, 2), upstream)
+                    grad_q[head, :, first:last] = torch.bmm(grad_raw, k[head, :, :last])
+                    grad_k[head, :, :last].baddbmm_(grad_raw.transpose(1, 2), q[head, :, first:last])
+                    grad_bias += grad_raw
+                place = torch.arange(last, device=qkv.device)
+                distance = _distances(place[first:], place, position.shape[0])  # (S, last)
+                grad_position += _binned(grad_bias.sum(0), distance, position)
+                gaps = bucket.gaps(first, last)
+                if grad_time is not None and gaps is not None:
+                    grad_time += _binned(grad_bias, gaps, grad_time)
+            _unpad(grad_qkv, grads, bucket)
         return grad_qkv, grad_position, grad_time, None, None, None
 
 
+def query_blocks(length: int) -> list[tuple[int, int]]:
+    """(first, last) of blocks of about equally many queries, QUERIES_PER_BLOCK at most."""
+    count = max(1, -(-length // QUERIES_PER_BLOCK))
+    edges = [place * length // count for place in range(count + 1)]
+    return list(pairwise(edges))
+
+
 def _heads(padded: Tensor, bucket: Bucket, heads: int, parts: int = 3) -> Tensor:
-    """(R * L, parts * H * d) -> (parts, R * H, L, d), contiguous."""
-    split = padded.view(bucket.rows, bucket.length, parts, heads, -1).permute(2, 0, 3, 1, 4)
-    return split.reshape(parts, bucket.rows * heads, bucket.length, -1)
+    """(R * L, parts * H * d) -> (parts, H, R, L, d), contiguous."""
+    split = padded.view(bucket.rows, bucket.length, parts, heads, -1).permute(2, 3, 0, 1, 4)
+    return split.contiguous()
 
 
 def _unpad(out: Tensor, values: Tensor, bucket: Bucket) -> None:
-    """Writes values (parts, R, H, L, d) to the bucket's tokens in out (T, parts * H * d)."""
-    flat = values.permute(1, 3, 0, 2, 4).reshape(bucket.rows * bucket.length, -1)
+    """Writes values (parts, H, R, L, d) to the bucket's tokens in out (T, parts * H * d)."""
+    flat = values.permute(2, 3, 0, 1, 4).reshape(bucket.rows * bucket.length, -1)
     out.index_copy_(0, bucket.tokens, flat.index_select(0, bucket.slots))
 
 
-def _scores(q: Tensor, k: Tensor, bucket: Bucket, position: Tensor, time: Tensor | None) -> Tensor:
-    """Scores before SiLU: q, k (R * H, L, d) -> (R * H, L, L)."""
-    rows, length = bucket.rows, bucket.length
-    bias = position_bias(position, length)  # (L, L)
-    raw = torch.bmm(q, k.transpose(1, 2))
-    if time is None or bucket.gaps is None:
-        return raw.add_(bias)
-    by_gap = time.index_select(0, bucket.gaps.flatten().long()).view(rows, 1, length, length).add_(bias)
-    raw.view(rows, -1, length, length).add_(by_gap)
-    return raw
+def _bias(bucket: Bucket, first: int, last: int, position: Tensor, time: Tensor | None) -> Tensor:
+    """(R, S, last), or (1, S, last) without times: bias of queries first .. last, MASKED above the diagonal."""
+    place = torch.arange(last, device=position.device)
+    bias = position[_distances(place[first:], place, position.shape[0])]  # (S, last)
+    bias = bias.masked_fill(place > place[first:].unsqueeze(1), MASKED).unsqueeze(0)
+    gaps = bucket.gaps(first, last)
+    if time is None or gaps is None:
+        return bias.expand(bucket.rows, -1, -1)
+    return time.index_select(0, gaps.flatten()).view(gaps.shape).add_(bias)
+
+
+def _scores(q: Tensor, k: Tensor, head: int, first: int, last: int, bias: Tensor) -> Tensor:
+    """Scores before SiLU of one head: q, k (H, R, L, d) -> (R, S, last)."""
+    return torch.baddbmm(bias, q[head, :, first:last], k[head, :, :last].transpose(1, 2))
 
 
 def _binned(values: Tensor, bins: Tensor, like: Tensor) -> Tensor:
@@ -240,5 +289,19 @@ def attention(
     time        (TIME_BUCKETS,) bias by bucket of the time between query and key, or None.
     Result      (T, H * d).
     """
-    best = bucketed_attention if qkv.device.type == "cpu" else padded_attention
-    return best(qkv, layout, heads, normaliser, position, time)
+    if qkv.device.type != "cpu":
+        if layout.buckets and _has_triton() and not torch.are_deterministic_algorithms_enabled():
+            from roo_ray.models.triton_attention import triton_attention
+
+            longest = max(bucket.length for bucket in layout.buckets)
+            return triton_attention(qkv, layout.lengths, layout.ages, longest, heads, normaliser, position, time)
+        return padded_attention(qkv, layout, heads, normaliser, position, time)
+    if qkv.dtype == torch.float32:
+        return bucketed_attention(qkv, layout, heads, normaliser, position, time)
+    with torch.autocast("cpu", enabled=False):  # scores in float32: the CPU gains nothing below it
+        return bucketed_attention(qkv.float(), layout, heads, normaliser, position, time).to(qkv.dtype)
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -9,10 +9,12 @@ of embeddings stay outside. The same module takes a request batch and its impres
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+
+from roo_ray.models.jagged import segment_sum
 
 
 def fan_out(values: Tensor, num_impressions: Tensor, total_impressions: int | None = None) -> Tensor:
@@ -49,6 +51,10 @@ class ModelInputs:
     request_ids       feature -> (B_RO, D) float32 embeddings.
     sequences         feature -> SequenceInputs.
     impression_ids    feature -> (B_NRO, D) float32 embeddings.
+    request_key       (B_RO,) int64, impression_key (B_NRO,) int64: key the random choices of a request and of
+                      an impression (``keyed_random``); the same in both forms of a batch.
+    impression_real   (B_NRO,) bool: False for the dummy request of a rank without data (and for impressions
+                      without any known label): statistics of the batch must leave them out.
     """
 
     num_impressions: Tensor
@@ -57,25 +63,46 @@ class ModelInputs:
     request_ids: dict[str, Tensor]
     sequences: dict[str, SequenceInputs]
     impression_ids: dict[str, Tensor]
+    request_key: Tensor
+    impression_key: Tensor
+    impression_real: Tensor
 
     @property
     def total_impressions(self) -> int:
         """B_NRO."""
         return self.impression_dense.shape[0]
 
+    @property
+    def impression_weight(self) -> Tensor:
+        """(B_NRO,) float32: 1, and 0 for a dummy: how much an impression counts in statistics of the batch."""
+        return self.impression_real.float()
+
+    @property
+    def request_weight(self) -> Tensor:
+        """(B_RO,) float32: how much a request counts there: its real impressions."""
+        return segment_sum(self.impression_weight.unsqueeze(1), self.num_impressions).squeeze(1)
+
 
 @dataclass(frozen=True)
 class UserState:
-    """What is known of each request, by name: vectors (B_RO, D_name), or (B_NRO, D_name) after ``fan_out``."""
+    """What is known of each request, by name.
+
+    vectors  (B_RO, D_name), or (B_NRO, D_name) after ``fan_out``.
+    tokens   (T, D_name) per event of a sequence: keys and values that candidates attend to. They are not fanned
+             out: ``target_attention`` lets all candidates of a request read the one copy.
+    """
 
     vectors: dict[str, Tensor]
+    tokens: dict[str, Tensor] = field(default_factory=dict)
 
     def fan_out(self, inputs: ModelInputs) -> UserState:
         """The state of each impression's request: every vector (B_RO, D) -> (B_NRO, D), in one copy."""
+        if not self.vectors:
+            return self
         widths = [vector.shape[1] for vector in self.vectors.values()]
         joined = torch.cat(list(self.vectors.values()), dim=1)  # (B_RO, sum of D)
         spread = fan_out(joined, inputs.num_impressions, inputs.total_impressions)  # (B_NRO, sum of D)
-        return UserState(dict(zip(self.vectors, spread.split(widths, dim=1), strict=True)))
+        return UserState(dict(zip(self.vectors, spread.split(widths, dim=1), strict=True)), self.tokens)
 
 
 class RequestOnlyModel(nn.Module, ABC):
@@ -88,7 +115,8 @@ class RequestOnlyModel(nn.Module, ABC):
 
     @abstractmethod
     def impression_side(self, user: UserState, inputs: ModelInputs) -> Tensor:
-        """Runs once per impression on the fanned-out user state -> logits (B_NRO, K) float32."""
+        """Runs once per impression on the fanned-out user state -> logits (B_NRO, K) float32. A candidate may see
+        the user state and itself, never another candidate."""
 
     def forward(self, inputs: ModelInputs) -> Tensor:
         """Logits (B_NRO, K) float32, one column per label of the schema."""

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torchrec import EmbeddingCollection, EmbeddingConfig, JaggedTensor, KeyedJaggedTensor
 from torchrec.distributed.types import Awaitable
+from torchrec.modules.embedding_configs import DataType
 
 from roo_ray.errors import ConfigError
 from roo_ray.ingest.batch import Jagged, RequestBatch, impression_id_keys, request_id_keys
 from roo_ray.models.contract import ModelInputs, SequenceInputs
 from roo_ray.models.jagged import segment_mean, segment_sum, sum_lengths
+from roo_ray.models.keyed_random import combine_keys
 from roo_ray.schema import Feature, Schema
 
 
@@ -43,16 +45,23 @@ class EmbeddingLookup(nn.Module):
     """The model's embedding tables, one TorchRec ``EmbeddingCollection`` per embedding dim.
 
     ``device``: where the tables are made; ``meta`` where ``DistributedModelParallel`` allocates them. Works
-    unsharded and sharded. Weights are set by ``initialise_tables``.
+    unsharded and sharded. Weights are set by ``initialise_tables``; they are of type ``weights`` (fp32, fp16,
+    bf16), what is looked up is float32.
     """
 
-    def __init__(self, schema: Schema, device: torch.device | None = None) -> None:
+    def __init__(self, schema: Schema, device: torch.device | None = None, weights: str = "fp32") -> None:
         super().__init__()
         by_dim: dict[int, list[EmbeddingConfig]] = {}
         for table, names in lookup_features(schema).items():
             rows, dim = schema.tables[table].rows, schema.tables[table].dim
             by_dim.setdefault(dim, []).append(
-                EmbeddingConfig(name=table, embedding_dim=dim, num_embeddings=rows, feature_names=names)
+                EmbeddingConfig(
+                    name=table,
+                    embedding_dim=dim,
+                    num_embeddings=rows,
+                    feature_names=names,
+                    data_type=DataType[weights.upper()],
+                )
             )
         self.features = {
             f"dim_{dim}": [name for table in tables for name in table.feature_names] for dim, tables in by_dim.items()
@@ -73,7 +82,7 @@ class EmbeddingLookup(nn.Module):
         found: dict[str, Tensor] = {}
         for result in started.values():
             tensors: dict[str, JaggedTensor] = result.wait() if isinstance(result, Awaitable) else result
-            found.update({key: jagged.values() for key, jagged in tensors.items()})
+            found.update({key: jagged.values().float() for key, jagged in tensors.items()})
         ids = batch.request_ids | batch.impression_ids
         return {key: Jagged(values, ids[key].lengths) for key, values in found.items()}
 
@@ -142,6 +151,9 @@ def model_inputs(schema: Schema, batch: RequestBatch, embeddings: dict[str, Jagg
         request_ids={f.name: pool(embeddings[f.name], f) for f in schema.select("request", "ids")},
         sequences=sequences,
         impression_ids={f.name: pool(embeddings[f.name], f) for f in schema.select("impression", "ids")},
+        request_key=batch.request_key,
+        impression_key=combine_keys(batch.request_key[batch.request_of_impression()], batch.impression_index),
+        impression_real=(batch.weights > 0).any(dim=1),
     )
 
 

@@ -1,4 +1,4 @@
-"""The user's history: event tokens, HSTU layers over them, and one vector per request pooled from them."""
+"""A layer of HSTU as published (arXiv 2402.17152, section 3), over a history and over candidates beside it."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from roo_ray.config import Model
-from roo_ray.ingest.batch import segment_positions
 from roo_ray.models import attention
 from roo_ray.models.contract import SequenceInputs
-from roo_ray.models.jagged import segment_last, segment_sum
-from roo_ray.schema import Feature
+from roo_ray.models.keyed_random import KeyedDropout
+from roo_ray.models.target_attention import TargetLayout, silu_target_attention
 
 
 class HSTULayer(nn.Module):
-    """A layer of HSTU as published (arXiv 2402.17152, section 3): U, V, Q, K = SiLU(linear(norm(x))); pointwise
-    attention with relative bias; x + linear(norm(attention) * U).
+    """U, V, Q, K = SiLU(linear(norm(x))); pointwise attention with relative bias; x + linear(norm(attention) * U).
 
     ``max_length``: normaliser of the attention and reach of the position bias; ``timed``: bias by time gaps.
     """
 
-    def __init__(self, dim: int, heads: int, max_length: int, timed: bool) -> None:
+    def __init__(
+        self, dim: int, heads: int, max_length: int, timed: bool, dropout: float = 0.0, name: str = ""
+    ) -> None:
         super().__init__()
         self.dim, self.heads, self.max_length = dim, heads, max_length
         self.norm_in = nn.LayerNorm(dim, eps=1e-6)
@@ -30,59 +29,48 @@ class HSTULayer(nn.Module):
         self.time = nn.Parameter(torch.randn(attention.TIME_BUCKETS) * 0.02) if timed else None
         self.norm_out = nn.LayerNorm(dim, eps=1e-6)
         self.output = nn.Linear(dim, dim)
+        self.dropout = KeyedDropout(dropout, f"hstu.{name}")
 
-    def forward(self, tokens: Tensor, layout: attention.Layout) -> Tensor:
-        """Tokens (T, D) -> (T, D)."""
+    def forward(self, tokens: Tensor, layout: attention.Layout, keys: Tensor) -> Tensor:
+        """Causal self-attention of the history: tokens (T, D), keys (T,) of the events -> (T, D)."""
+        gate, qkv = self._project(tokens)
+        return self._update(tokens, gate, self._mix(qkv, layout), keys)
+
+    def with_memory(self, tokens: Tensor, layout: attention.Layout, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``forward``, and the history's keys and values of this layer (T, 2 D) for ``targets``."""
+        gate, qkv = self._project(tokens)
+        return self._update(tokens, gate, self._mix(qkv, layout), keys), qkv[:, self.dim :]
+
+    def targets(
+        self, targets: Tensor, memory: Tensor, sequence: SequenceInputs, layout: TargetLayout, keys: Tensor
+    ) -> Tensor:
+        """Candidates that stand after their request's history, at position ``hist_len`` and the request's time;
+        each attends to the history (``memory``, (T, 2 D)) and itself: targets (N, D) -> (N, D)."""
+        gate, qkv = self._project(targets)
+        query, key, value = qkv.split(self.dim, dim=1)
+        seen = silu_target_attention(query, memory, self._bias(sequence), layout, self.heads)  # (N, D)
+        own = (query * key).view(-1, self.heads, self.dim // self.heads).sum(2) + self._bias_of_self()  # (N, H)
+        own = functional.silu(own).repeat_interleave(self.dim // self.heads, dim=1) * value  # (N, D)
+        return self._update(targets, gate, (seen + own) / self.max_length, keys)
+
+    def _project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         projected = functional.silu(self.project(self.norm_in(tokens)))
         gate, qkv = projected.split([self.dim, 3 * self.dim], dim=1)
-        mixed = attention.attention(qkv, layout, self.heads, self.max_length, self.position, self.time)
-        update: Tensor = self.output(self.norm_out(mixed) * gate)
-        return tokens + update
+        return gate, qkv
 
+    def _mix(self, qkv: Tensor, layout: attention.Layout) -> Tensor:
+        return attention.attention(qkv, layout, self.heads, self.max_length, self.position, self.time)
 
-class HistoryEncoder(nn.Module):
-    """An event sequence to one vector per request.
+    def _update(self, tokens: Tensor, gate: Tensor, mixed: Tensor, keys: Tensor) -> Tensor:
+        update = self.dropout(self.norm_out(mixed) * gate, keys)
+        return tokens + self.output(update)  # type: ignore[no-any-return]
 
-    A token is a linear map of the event's id embeddings and dense values, plus an embedding of its recency: of
-    the logarithm of its age, or of its rank from the end where the sequence has no time. ``id_width``: sum of
-    the dims of the sequence's id columns.
-    """
+    def _bias(self, sequence: SequenceInputs) -> Tensor:
+        """(T,) bias of each event as seen from its request's candidates."""
+        bias = self.position[attention.ranks_from_end(sequence.lengths).clamp_(max=self.max_length - 1)]
+        if self.time is not None and sequence.ages is not None:
+            bias = bias + self.time[attention.time_buckets(sequence.ages).long()]
+        return bias
 
-    WIDTHS = 3  # pooled vectors of width ``dim`` per request
-
-    def __init__(self, feature: Feature, id_width: int, settings: Model) -> None:
-        super().__init__()
-        assert feature.max_length is not None  # the schema requires it of sequences
-        self.max_length, timed = feature.max_length, feature.time is not None
-        self.token = nn.Linear(id_width + len(feature.sequence_dense), settings.dim)
-        self.recency = nn.Embedding(attention.TIME_BUCKETS if timed else self.max_length, settings.dim)
-        nn.init.normal_(self.recency.weight, std=0.02)
-        self.layers = nn.ModuleList(
-            HSTULayer(settings.dim, settings.heads, self.max_length, timed) for _ in range(settings.layers)
-        )
-        self.norm = nn.LayerNorm(settings.dim)
-        self.gate = nn.Linear(settings.dim, 1)
-
-    def forward(self, ids: Tensor, sequence: SequenceInputs) -> Tensor:
-        """ids (T, id_width) the events' id embeddings -> (B_RO, WIDTHS * dim)."""
-        tokens = self.token(torch.cat([ids, sequence.dense], dim=1)) + self.recency(self._recency(sequence))
-        if self.layers:
-            layout = attention.layout(sequence.lengths, sequence.ages)
-            for layer in self.layers:
-                tokens = layer(tokens, layout)
-        return self.pool(self.norm(tokens), sequence.lengths)
-
-    def _recency(self, sequence: SequenceInputs) -> Tensor:
-        """(T,) int: the event's bucket of age, or its rank from the end."""
-        if sequence.ages is not None:
-            return attention.time_buckets(sequence.ages)
-        last = torch.repeat_interleave(sequence.lengths - 1, sequence.lengths)
-        return (last - segment_positions(sequence.lengths)).clamp_(max=self.max_length - 1)
-
-    def pool(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Mean, learned weighted mean and last token: (T, D) -> (B_RO, 3 D); 0 for an empty history."""
-        weights = torch.sigmoid(self.gate(tokens))  # (T, 1)
-        sums = segment_sum(torch.cat([tokens, tokens * weights, weights], dim=1), lengths)  # (B_RO, 2 D + 1)
-        plain, weighted, total = sums.split([tokens.shape[1], tokens.shape[1], 1], dim=1)
-        mean = plain / lengths.clamp(min=1).unsqueeze(1)
-        return torch.cat([mean, weighted / total.clamp(min=1e-6), segment_last(tokens, lengths)], dim=1)
+    def _bias_of_self(self) -> Tensor:
+        return self.position[0] if self.time is None else self.position[0] + self.time[0]

@@ -24,14 +24,15 @@ _COLLECTIONS = (
 _CHUNK = 1 << 22  # weights made at once: 32 MB per int64 temporary
 
 
-def _signed(value: int) -> int:
+def as_int64(value: int) -> int:
+    """A 64-bit pattern as a signed integer."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-def _mix(state: Tensor) -> Tensor:
+def mix64(state: Tensor) -> Tensor:
     """SplitMix64's finaliser on int64 (products wrap around; shifts are made logical by masks)."""
-    state = (state ^ ((state >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
-    state = (state ^ ((state >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
+    state = (state ^ ((state >> 30) & ((1 << 34) - 1))) * as_int64(0xBF58476D1CE4E5B9)
+    state = (state ^ ((state >> 27) & ((1 << 37) - 1))) * as_int64(0x94D049BB133111EB)
     return state ^ ((state >> 31) & ((1 << 33) - 1))
 
 
@@ -43,7 +44,7 @@ def table_weights(
     key = int.from_bytes(digest[:8], "little", signed=True)
     row = torch.arange(first_row, first_row + rows, device=device).unsqueeze(1)  # (rows, 1) int64
     column = torch.arange(first_column, first_column + columns, device=device)  # (columns,)
-    mixed = _mix(_mix(row + key) + column * _signed(0x9E3779B97F4A7C15))  # (rows, columns)
+    mixed = mix64(mix64(row + key) + column * as_int64(0x9E3779B97F4A7C15))  # (rows, columns)
     return ((mixed >> 40) & 0xFFFFFF).float() * 2.0**-23 - 1.0  # 24 bits are exact in float32
 
 

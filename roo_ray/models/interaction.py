@@ -1,4 +1,4 @@
-"""Feature interaction at impression level: DCNv2 cross layers and the MLP tower."""
+"""Feature interaction: DCNv2 cross layers and the MLP tower."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+
+from roo_ray.models.normalise import GlobalBatchNorm, make_norm
 
 
 def symmetric_log(values: Tensor) -> Tensor:
@@ -32,13 +35,22 @@ class LowRankCross(nn.Module):
         return crossed
 
 
-class Tower(nn.Sequential):
-    """Linear layers of the given widths with SiLU after each, and LayerNorm before it if ``normalise``."""
+class Tower(nn.Module):
+    """Linear layers of the given widths, each followed by a norm ('none', or of ``make_norm``) and SiLU."""
 
-    def __init__(self, inputs: int, widths: Sequence[int], normalise: bool = True) -> None:
-        layers: list[nn.Module] = []
+    def __init__(self, inputs: int, widths: Sequence[int], normalisation: str = "layer") -> None:
+        super().__init__()
+        self.linears, self.norms = nn.ModuleList(), nn.ModuleList()
         for width in widths:
-            layers += [nn.Linear(inputs, width), *([nn.LayerNorm(width)] if normalise else []), nn.SiLU()]
+            self.linears.append(nn.Linear(inputs, width))
+            self.norms.append(make_norm(normalisation, width))
             inputs = width
-        super().__init__(*layers)
         self.width = inputs
+
+    def forward(self, values: Tensor, weights: Tensor) -> Tensor:
+        """(B, inputs) -> (B, width). weights (B,) float32: real impressions that a row stands for."""
+        for linear, norm in zip(self.linears, self.norms, strict=True):
+            values = linear(values)
+            values = norm(values, weights) if isinstance(norm, GlobalBatchNorm) else norm(values)
+            values = functional.silu(values)
+        return values

@@ -8,12 +8,15 @@ from torch import Tensor
 
 def segment_sum(values: Tensor, lengths: Tensor) -> Tensor:
     """Sums each segment: values (T, D), lengths (B,) int64 with sum T -> (B, D). An empty segment gives 0."""
+    if values.dtype in (torch.float16, torch.bfloat16):  # sums of many terms want float32
+        values = values.float()
     return torch.segment_reduce(values, "sum", lengths=lengths, axis=0, unsafe=True)
 
 
 def segment_mean(values: Tensor, lengths: Tensor) -> Tensor:
     """Means of the segments: values (T, D), lengths (B,) int64 -> (B, D). An empty segment gives 0."""
-    return segment_sum(values, lengths) / lengths.clamp(min=1).unsqueeze(1).to(values.dtype)
+    sums = segment_sum(values, lengths)
+    return sums / lengths.clamp(min=1).unsqueeze(1).to(sums.dtype)
 
 
 def segment_last(values: Tensor, lengths: Tensor) -> Tensor:
@@ -28,3 +31,12 @@ def sum_lengths(lengths: Tensor, groups: Tensor) -> Tensor:
         0, torch.cat([groups.new_zeros(1), groups.cumsum(0)])
     )  # (B + 1,)
     return ends.diff()
+
+
+def segment_softmax(scores: Tensor, lengths: Tensor) -> Tensor:
+    """Softmax within each segment: scores (T,), lengths (B,) int64 -> (T,) float32."""
+    scores = scores.float()
+    top = torch.segment_reduce(scores.detach(), "max", lengths=lengths, axis=0, unsafe=True)  # (B,)
+    weights = torch.exp(scores - torch.repeat_interleave(top, lengths, output_size=scores.numel()))
+    totals = segment_sum(weights.unsqueeze(1), lengths).squeeze(1)  # (B,)
+    return weights / torch.repeat_interleave(totals, lengths, output_size=scores.numel())

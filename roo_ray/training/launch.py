@@ -22,7 +22,7 @@ from roo_ray.config import Config
 from roo_ray.errors import ConfigError, RooError
 from roo_ray.ingest.holdout import check_sides
 from roo_ray.ingest.plan import differences, plan_inputs
-from roo_ray.models.cost import cost_coefficients
+from roo_ray.models.cost import training_megaflops
 from roo_ray.requests.manifest import Manifest, load_manifest
 from roo_ray.schema import Schema
 from roo_ray.storage import open_filesystem
@@ -79,7 +79,7 @@ def mean_requests_per_batch(config: Config, manifest: Manifest) -> float:
     """How many mean requests fill a lane's batch."""
     impressions = max(manifest.impressions / max(manifest.requests, 1), 1.0)
     tokens = manifest.tokens / max(manifest.requests, 1)
-    one, t, tt, n, nt = cost_coefficients(config.request_schema, config.model)
+    one, t, tt, n, nt = training_megaflops(config.request_schema, config.model)
     cost = one + t * tokens + tt * tokens * tokens + n * impressions + nt * impressions * tokens
     ingest = config.ingest
     fits = [ingest.batch_impressions / impressions] if ingest.batch_impressions else []
@@ -207,7 +207,7 @@ def train(config: Config, run_name: str, say: Say) -> TrainingResult:
 def order_of_data(config: Config, manifest: Manifest) -> dict[str, Any]:
     """All that decides in which order a run's data comes."""
     schema, seed, ingest = config.request_schema, config.training.seed, config.ingest
-    cost = cost_coefficients(schema, config.model)
+    cost = training_megaflops(schema, config.model)
     return plan_inputs(manifest, schema, ingest, config.holdout, "train", seed, ingest.mode, cost)
 
 

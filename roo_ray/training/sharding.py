@@ -1,16 +1,18 @@
-"""Shards a ranking model: TorchRec's planner places the embedding tables, DDP replicates the dense part.
+"""Shards a model: TorchRec's planner places the embedding tables, DDP replicates the dense part.
 
-Tables are row-wise or table-wise, which keep a table's update rule (one row-wise Adagrad accumulator per
-row), so that a run on 1 rank and on N ranks are the same run. Embeddings are updated in backward (fused).
+By default tables are row-wise or table-wise, which keep a table's update rule (one row-wise Adagrad accumulator
+per row), so that a run on 1 rank and on N ranks are the same run. Other kinds are opted in to per table; what
+the device cannot do is refused. Embeddings are updated in backward (fused).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torchrec.optim
 from torch import nn
 from torchrec import EmbeddingCollection
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
@@ -22,24 +24,75 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from roo_ray.config import Training
+from roo_ray.config import Embeddings, Training
 from roo_ray.errors import ConfigError
 from roo_ray.models.initialise import initialise_tables
 
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "rowwise_adagrad": RowWiseAdagrad,
+    "adagrad": torchrec.optim.Adagrad,
+    "sgd": torchrec.optim.SGD,
+    "adam": torchrec.optim.Adam,
+    "lamb": torchrec.optim.LAMB,
+}
 
-class RowAndTableWiseSharder(EmbeddingCollectionSharder):
-    """Offers the planner what is exact on every backend: row-wise and table-wise, fused kernels.
 
-    TorchRec's own sharder also offers data-parallel tables, whose gradients are wrong on CPU.
+class TableSharder(EmbeddingCollectionSharder):
+    """Offers the planner what is exact on every backend: row-wise, table-wise and column-wise, fused kernels.
+
+    TorchRec's own sharder also offers data-parallel tables, whose gradients are wrong on CPU. The constraints of
+    each table choose among the kinds.
     """
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        """Row-wise and table-wise."""
-        return [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value]
+        """Row-wise, table-wise and column-wise; on a GPU data-parallel."""
+        kinds = [ShardingType.TABLE_WISE, ShardingType.ROW_WISE, ShardingType.COLUMN_WISE]
+        kinds += [] if compute_device_type == "cpu" else [ShardingType.DATA_PARALLEL]
+        return [kind.value for kind in kinds]
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        """The fused kernel: the optimizer runs in backward."""
-        return [EmbeddingComputeKernel.FUSED.value]
+        """Fused kernels: the optimizer runs in backward (data-parallel tables take the dense part's)."""
+        if sharding_type == ShardingType.DATA_PARALLEL.value:
+            return [EmbeddingComputeKernel.DENSE.value]
+        kernels = [EmbeddingComputeKernel.FUSED]
+        kernels += [] if compute_device_type == "cpu" else [EmbeddingComputeKernel.FUSED_UVM_CACHING]
+        return [kernel.value for kernel in kernels]
+
+
+def refuse_what_cannot_be(embeddings: Embeddings, tables: Iterable[str], device_type: str) -> None:
+    """Raises ConfigError, one line per option of ``model.embeddings`` that the device or the lookup cannot do."""
+    known = set(tables)
+    problems = [
+        f"model.embeddings.{option} names table '{table}', which nothing looks up (there are {sorted(known)})"
+        for option, names in (("sharding", embeddings.sharding), ("uvm", embeddings.uvm))
+        for table in names
+        if table not in known
+    ]
+    problems += [
+        f"model.embeddings.sharding of '{table}' is grid, which shards pooled tables alone; roo_ray looks sequences "
+        "up and pools after it: take row_wise, column_wise or table_wise"
+        for table, kind in embeddings.sharding.items()
+        if kind == "grid"
+    ]
+    if device_type == "cpu":
+        problems += [
+            f"model.embeddings.sharding of '{table}' is data_parallel, whose gradients are wrong on CPU: take "
+            "table_wise"
+            for table, kind in embeddings.sharding.items()
+            if kind == "data_parallel"
+        ]
+        for condition, message in (
+            (embeddings.weights == "bf16", "weights bf16 do not exist on CPU: take fp32 or fp16"),
+            (
+                embeddings.optimizer in ("adam", "lamb"),
+                f"optimizer {embeddings.optimizer} has no fused form on CPU: take rowwise_adagrad, adagrad or sgd",
+            ),
+            (embeddings.index_dedup, "index_dedup has no operator on CPU: set it to false"),
+            (bool(embeddings.uvm), "uvm is host memory beside a GPU: take the tables out of it"),
+        ):
+            problems += [f"model.embeddings.{message}"] if condition else []
+    if problems:
+        raise ConfigError("\n  ".join(problems))
 
 
 @dataclass(frozen=True)
@@ -60,18 +113,34 @@ def embedding_collections(model: nn.Module) -> Iterator[EmbeddingCollection]:
 
 
 def table_constraints(
-    model: nn.Module, row_wise_from: int, batch_requests: int, ids_per_request: dict[str, float]
+    model: nn.Module,
+    row_wise_from: int,
+    batch_requests: int,
+    ids_per_request: dict[str, float],
+    embeddings: Embeddings | None = None,
+    world_size: int = 1,
 ) -> dict[str, ParameterConstraints]:
-    """Per table: row-wise from ``row_wise_from`` rows, table-wise below, with the measured ids per request of
-    each of its features (``ids_per_request``, by lookup feature), so that the planner's costs are ours."""
+    """Per table: as ``embeddings.sharding`` says, otherwise row-wise from ``row_wise_from`` rows and table-wise
+    below, with the measured ids per request of each of its features (``ids_per_request``, by lookup feature;
+    impression-level features have theirs times impressions), so that the planner's costs are ours. The batch of
+    every feature is B_RO: candidates are looked up as lists of their request."""
+    embeddings = embeddings or Embeddings()
     constraints = {}
     for collection in embedding_collections(model):
         for table in collection.embedding_configs():
-            row_wise = table.num_embeddings >= row_wise_from
-            kind = ShardingType.ROW_WISE if row_wise else ShardingType.TABLE_WISE
+            default = "row_wise" if table.num_embeddings >= row_wise_from else "table_wise"
+            kind = embeddings.sharding.get(table.name, default)
+            kernel = EmbeddingComputeKernel.FUSED
+            if kind == "data_parallel":
+                kernel = EmbeddingComputeKernel.DENSE
+            elif table.name in embeddings.uvm:
+                kernel = EmbeddingComputeKernel.FUSED_UVM_CACHING
+            # columns are cut in multiples of 4 floats
+            columns = max(4, -(-table.embedding_dim // world_size) // 4 * 4)
             constraints[table.name] = ParameterConstraints(
-                sharding_types=[kind.value],
-                compute_kernels=[EmbeddingComputeKernel.FUSED.value],
+                sharding_types=[kind],
+                compute_kernels=[kernel.value],
+                min_partition=columns if kind == "column_wise" else None,
                 pooling_factors=[max(ids_per_request.get(name, 1.0), 0.01) for name in table.feature_names],
                 batch_sizes=[batch_requests] * len(table.feature_names),
             )
@@ -85,24 +154,32 @@ def shard(
     *,
     batch_requests: int,
     ids_per_request: dict[str, float],
+    embeddings: Embeddings | None = None,
 ) -> ShardedModel:
     """Wraps ``model`` (its embedding collections on the meta device) for the current process group.
 
     ``batch_requests``: B_RO of a rank's batch. ``ids_per_request``: mean ids per request, by lookup feature.
+    ``embeddings``: how tables are stored, placed and updated.
     Every rank plans for itself from the same inputs: a collective plan that failed on rank 0 would leave the
     others waiting. Initial weights depend on ``settings.seed`` alone, not on the world size or the plan.
-    Raises ConfigError where the tables do not fit.
+    Raises ConfigError where the tables do not fit, or cannot be had as ``embeddings`` says.
     """
     group = dist.group.WORLD
     if group is None:
         raise RuntimeError("shard() needs an initialised process group")
+    embeddings = embeddings or Embeddings()
+    tables = [table.name for c in embedding_collections(model) for table in c.embedding_configs()]
+    refuse_what_cannot_be(embeddings, tables, device.type)
     for collection in embedding_collections(model):
-        apply_optimizer_in_backward(RowWiseAdagrad, collection.parameters(), {"lr": settings.embedding_lr})
+        fused = [p for n, p in collection.named_parameters() if not _is_data_parallel(n, embeddings)]
+        apply_optimizer_in_backward(OPTIMIZERS[embeddings.optimizer], fused, {"lr": settings.embedding_lr})
     world = dist.get_world_size()
-    sharders = [RowAndTableWiseSharder()]
+    sharders = [TableSharder(use_index_dedup=embeddings.index_dedup)]
     planner = EmbeddingShardingPlanner(
         topology=Topology(world_size=world, local_world_size=world, compute_device=device.type),
-        constraints=table_constraints(model, settings.row_wise_from, batch_requests, ids_per_request),
+        constraints=table_constraints(
+            model, settings.row_wise_from, batch_requests, ids_per_request, embeddings, world
+        ),
         debug=False,
     )
     try:
@@ -125,6 +202,10 @@ def shard(
     dense_optimizer.init_state()  # otherwise a checkpoint's Adam state would silently not be loaded
     optimizer = CombinedOptimizer([module.fused_optimizer, dense_optimizer])
     return ShardedModel(module, optimizer, plan)
+
+
+def _is_data_parallel(parameter: str, embeddings: Embeddings) -> bool:
+    return embeddings.sharding.get(parameter.split(".")[-2]) == "data_parallel"
 
 
 def _is_fused(module: DistributedModelParallel, name: str) -> bool:

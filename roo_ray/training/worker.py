@@ -26,8 +26,10 @@ from roo_ray.ingest.device import on_device
 from roo_ray.ingest.plan import Position, differences
 from roo_ray.ingest.stream import RankStream, Step, StreamSettings, shared_feed
 from roo_ray.metrics.collection import RankingMetrics
-from roo_ray.models.cost import cost_coefficients
-from roo_ray.models.losses import ranking_loss
+from roo_ray.models.cost import training_megaflops
+from roo_ray.models.item_index import RetrievalEvaluation
+from roo_ray.models.keyed_random import set_epoch
+from roo_ray.models.objective import logits_of, retrieval_towers, training_loss
 from roo_ray.models.ranking import RankingModel
 from roo_ray.training import checkpoint
 from roo_ray.training.job import WorkerJob
@@ -41,8 +43,10 @@ SECONDS_BETWEEN_LINES = 5.0
 
 def build_model(config: Config, job: WorkerJob, device: torch.device) -> ShardedModel:
     """The sharded model with its initial weights, a function of the seed alone."""
+    torch.use_deterministic_algorithms(config.training.deterministic)
     torch.manual_seed(config.training.seed)
-    model = RankingModel(config.request_schema, config.model, sparse_device=torch.device("meta"))
+    autocast = config.training.autocast == "bf16"
+    model = RankingModel(config.request_schema, config.model, torch.device("meta"), autocast)
     model.dense.to(device)
     return shard(
         model,
@@ -50,6 +54,7 @@ def build_model(config: Config, job: WorkerJob, device: torch.device) -> Sharded
         device,
         batch_requests=max(1, round(job.requests_per_step / dist.get_world_size())),
         ids_per_request=job.ids_per_request,
+        embeddings=config.model.embeddings,
     )
 
 
@@ -118,7 +123,7 @@ class Worker:
         self.epochs_done, self.steps_done = 0, 0
         self.position: Position | None = None  # where the epoch in progress goes on, after a restart
         self.trained = Trained.since({})
-        self.cost = cost_coefficients(self.schema, self.config.model)
+        self.cost = training_megaflops(self.schema, self.config.model)
 
     # ---- one pass ------------------------------------------------------------------------------------
 
@@ -184,13 +189,18 @@ class Worker:
         """Metrics of the held-out data over all ranks."""
         metrics = RankingMetrics([label.name for label in self.schema.labels])
         oracle = RankingMetrics([label.name for label in self.schema.labels])
+        towers = retrieval_towers(self.model.module)
+        retrieval = None if towers is None else RetrievalEvaluation(towers)
         throughput = Throughput()
         last_line = time.perf_counter()
         self.model.module.eval()
         with torch.no_grad():
             for step, _ in self.steps(stream, 0):
                 batch = step.batch
-                logits = self.model.module(batch)
+                outputs = self.model.module(batch)
+                logits = logits_of(self.model.module, outputs, len(self.schema.labels))
+                if retrieval is not None:
+                    retrieval.update(outputs, batch)
                 metrics.update(logits, batch.labels, batch.weights, batch.num_impressions)
                 oracle.update_probabilities(batch.oracle, batch.labels, batch.weights, batch.num_impressions)
                 throughput.add(step.requests, step.impressions, step.wait_seconds)
@@ -199,6 +209,8 @@ class Worker:
                     self.say(f"evaluating: rank 0 has scored {throughput.requests:,} requests")
         self.model.module.train()
         values = {f"eval/{name}": value for name, value in metrics.merge().compute().items()}
+        if retrieval is not None:
+            values |= {f"eval/{name}": value for name, value in retrieval.result().items()}
         for name, value in oracle.merge().compute().items():
             task, metric = name.split("/")
             if metric in ("ne", "auc") and math.isfinite(value):  # NaN without an oracle: there is no such figure
@@ -218,6 +230,7 @@ class Worker:
         all."""
         tasks = [label.name for label in self.schema.labels]
         window, losses = RankingMetrics(tasks), []
+        set_epoch(self.model.module, self.config.training.seed, epoch)
         epoch_throughput, window_throughput, order = Throughput(), Throughput(), OrderStats()
         every = self.config.training.checkpoint_every_steps
         for step, agreement in self.steps(stream, epoch):
@@ -225,10 +238,11 @@ class Worker:
             num_impressions, split = batch.num_impressions, batch.split  # of the requests, also where exploded next
             if self.config.training.form == "impression":
                 batch = batch.explode()
-            logits = self.model.module(batch)  # (B_NRO, K)
+            logits, loss = training_loss(
+                self.model.module, batch, self.task_weights, agreement.weights, self.world
+            )  # (B_NRO, K), scalar
             # progressive validation: the batch is scored before it is trained on
             window.update(logits.detach(), batch.labels, batch.weights, num_impressions, split)
-            loss = ranking_loss(logits, batch.labels, batch.weights, self.task_weights, agreement.weights, self.world)
             self.model.optimizer.zero_grad()
             loss.backward()
             self.model.optimizer.step()

@@ -24,13 +24,21 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from roo_ray.config import Model
 from roo_ray.ingest.batch import RequestBatch, dummy_batch
 from roo_ray.models.initialise import initialise_tables
-from roo_ray.models.losses import ranking_loss
+from roo_ray.models.objective import training_loss
 from roo_ray.models.ranking import RankingModel
 from tests.models.batches import random_batch, schema
 
-SETTINGS = Model(dim=8, layers=2, heads=2, user_dim=8, cross_rank=4, tower=[16, 8])
+SIZES: dict[str, Any] = {"dim": 8, "layers": 2, "heads": 2, "user_dim": 8, "cross_rank": 4, "tower": [16, 8]}
+# every architecture once, and what communicates or draws within a forward pass
+MODELS = {
+    **{kind: Model(**SIZES, kind=kind) for kind in ("dcn", "hstu", "hstu_targets", "cross_attention", "two_tower")},
+    "batch_statistics": Model(**SIZES, kind="dcn", normalisation="batch"),
+    "random_choices": Model(**SIZES, kind="hstu_targets", dropout=0.3, stochastic_length=1.2),
+    "retrieval": Model(**SIZES, kind="retrieval"),
+}
 TASK_WEIGHTS = torch.tensor([1.0, 0.5])
-EMBEDDINGS = {"lr": 0.1, "eps": 1e-8}
+# Adagrad's first update is as large for a gradient of pure rounding as for a real one, were it not for eps
+EMBEDDINGS = {"lr": 0.1, "eps": 1e-4}
 DENSE_LR = 0.1
 
 
@@ -55,9 +63,9 @@ def steps(world: int) -> list[list[RequestBatch | None]]:
     ]
 
 
-def build() -> RankingModel:
+def build(settings: Model, sparse_device: torch.device | None = None) -> RankingModel:
     torch.manual_seed(0)
-    return RankingModel(schema(), SETTINGS, torch.device("meta"))
+    return RankingModel(schema(), settings, sparse_device)
 
 
 def plan_for(model: RankingModel, sharder: Sharder, world: int) -> ShardingPlan:
@@ -93,9 +101,23 @@ def start(rank: int, world: int, folder: str) -> None:
 
 
 def run(rank: int, world: int, folder: str) -> None:
-    """Trains the steps; rank 0 stores each step's loss and dense gradients, and the tables before and after."""
+    """Trains every model on the steps; rank 0 stores what ``train`` gives."""
     start(rank, world, folder)
-    model = build()
+    results = {name: train(settings, rank, world) for name, settings in MODELS.items()}
+    if rank == 0:
+        torch.save(results, Path(folder) / "result.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def loss_of(model: torch.nn.Module, batch: RequestBatch, known: Tensor, world: int) -> Tensor:
+    """The loss that a model is trained with, known (K,) over all ranks."""
+    return training_loss(model, batch, TASK_WEIGHTS, known, world)[1]
+
+
+def train(settings: Model, rank: int, world: int) -> dict[str, Any]:
+    """Each step's loss and dense gradients, the weights after, and the tables before and after."""
+    model = build(settings, torch.device("meta"))
     apply_optimizer_in_backward(RowWiseAdagrad, model.sparse.parameters(), EMBEDDINGS)
     sharder = Sharder()
     sharded = DistributedModelParallel(
@@ -115,8 +137,7 @@ def run(rank: int, world: int, folder: str) -> None:
         known = batch.weights.sum(0)
         dist.all_reduce(known)
         optimizer.zero_grad()
-        logits = sharded(batch)
-        loss = ranking_loss(logits, batch.labels, batch.weights, TASK_WEIGHTS, known, world)
+        loss = loss_of(sharded, batch, known, world)
         loss.backward()
         mean = loss.detach() / world
         dist.all_reduce(mean)
@@ -124,10 +145,7 @@ def run(rank: int, world: int, folder: str) -> None:
         optimizer.step()
     result["tables_after"] = full_tables(sharded)
     result["dense_after"] = clones(dense)
-    if rank == 0:
-        torch.save(result, Path(folder) / "result.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return result
 
 
 def look_up_initial_weights(rank: int, world: int, folder: str) -> None:

@@ -94,7 +94,9 @@ def test_sum_lengths(groups: list[list[int]]) -> None:
 def test_fan_out_of_a_state_is_that_of_its_vectors() -> None:
     counts = torch.tensor([2, 1, 3])
     state = UserState({"a": torch.randn(3, 2), "b": torch.randn(3, 4)})
-    inputs = ModelInputs(counts, torch.zeros(3, 0), torch.zeros(6, 0), {}, {}, {})
+    inputs = ModelInputs(
+        counts, torch.zeros(3, 0), torch.zeros(6, 0), {}, {}, {}, counts, torch.arange(6), torch.ones(6) > 0
+    )
     spread = state.fan_out(inputs)
     for name, vector in state.vectors.items():
         assert torch.equal(spread.vectors[name], vector[[0, 0, 1, 2, 2, 2]])

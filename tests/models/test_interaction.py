@@ -18,12 +18,14 @@ def test_cross_layers_are_dcnv2() -> None:
 
 def test_tower_of_no_layers_is_the_identity() -> None:
     x = torch.randn(3, 5)
-    assert torch.equal(Tower(5, [])(x), x)
+    ones = torch.ones(3)
+    assert torch.equal(Tower(5, [])(x, ones), x)
     tower = Tower(5, [4, 2])
     assert tower.width == 2
-    assert tower(x).shape == (3, 2)
-    plain = Tower(5, [4], normalise=False)
-    torch.testing.assert_close(plain(x), functional.silu(x @ plain[0].weight.T + plain[0].bias))
+    assert tower(x, ones).shape == (3, 2)
+    plain = Tower(5, [4], "none")
+    linear = plain.linears[0]
+    torch.testing.assert_close(plain(x, ones), functional.silu(x @ linear.weight.T + linear.bias))
 
 
 def test_symmetric_log_is_odd_monotone_and_finite() -> None:

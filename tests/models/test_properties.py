@@ -1,12 +1,15 @@
-"""What a request-only model must keep to, whatever its weights."""
+"""What a request-only model must keep to, whatever its architecture and weights."""
 
 from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from roo_ray.errors import ConfigError
 from roo_ray.ingest.batch import Jagged, RequestBatch
+from roo_ray.models.architectures import ARCHITECTURES
 from roo_ray.models.embeddings import model_inputs, without_future_events
 from roo_ray.models.ranking import RankingModel
 from roo_ray.schema import parse_schema
@@ -15,7 +18,8 @@ from tests.models.batches import random_batch, schema, take_impressions, take_re
 from tests.models.test_parity import build
 
 SCHEMA = schema()
-MODEL = build()
+MODELS = {kind: build(kind=kind).eval() for kind in ARCHITECTURES}
+every_kind = pytest.mark.parametrize("kind", ARCHITECTURES)
 batches = st.builds(
     random_batch,
     st.just(SCHEMA),
@@ -23,22 +27,33 @@ batches = st.builds(
     st.integers(0, 1000),
     empty_history=st.sampled_from([0.0, 0.3]),
 )
-few = settings(max_examples=15, deadline=None)
+few = settings(max_examples=5, deadline=None)
 
 
-def logits(batch: RequestBatch, model: RankingModel = MODEL) -> torch.Tensor:
+def logits(batch: RequestBatch, model: str | RankingModel) -> torch.Tensor:
     with torch.no_grad():
-        return model(batch)  # type: ignore[no-any-return]
+        return (MODELS[model] if isinstance(model, str) else model)(batch)  # type: ignore[no-any-return]
 
 
-def user_vectors(batch: RequestBatch) -> dict[str, torch.Tensor]:
+def user_state(batch: RequestBatch, kind: str) -> dict[str, torch.Tensor]:
+    model = MODELS[kind]
     with torch.no_grad():
-        return MODEL.dense.user_side(model_inputs(SCHEMA, batch, MODEL.sparse(batch))).vectors
+        state = model.dense.user_side(model_inputs(SCHEMA, batch, model.sparse(batch)))
+    return state.vectors | state.tokens
 
 
+def gradient_of_candidates(batch: RequestBatch, kind: str, weights: torch.Tensor) -> torch.Tensor:
+    """(B_NRO, D_n) gradient of the weighted sum of logits, weights (B_NRO,), in the candidates' dense features."""
+    dense = batch.impression_dense.clone().requires_grad_()
+    out = MODELS[kind](replace(batch, impression_dense=dense))
+    (gradient,) = torch.autograd.grad((out * weights.unsqueeze(1)).sum(), [dense])
+    return gradient
+
+
+@every_kind
 @few
 @given(batches, st.randoms(use_true_random=False))
-def test_swapping_candidates_swaps_logits(batch: RequestBatch, random: object) -> None:
+def test_swapping_candidates_swaps_logits_and_gradients(kind: str, batch: RequestBatch, random: object) -> None:
     order, start = [], 0
     for count in batch.num_impressions.tolist():
         within = list(range(start, start + count))
@@ -46,35 +61,64 @@ def test_swapping_candidates_swaps_logits(batch: RequestBatch, random: object) -
         order += within
         start += count
     shuffled = take_impressions(batch, torch.tensor(order))
-    torch.testing.assert_close(logits(shuffled), logits(batch)[order], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits(shuffled, kind), logits(batch, kind)[order], rtol=1e-5, atol=1e-6)
+    weights = torch.rand(len(order))
+    expected = gradient_of_candidates(batch, kind, weights)[order]
+    torch.testing.assert_close(gradient_of_candidates(shuffled, kind, weights[order]), expected, rtol=1e-4, atol=1e-6)
 
 
+@every_kind
+@few
+@given(batches, st.integers(0, 30))
+def test_a_candidate_sees_no_other_candidate(kind: str, batch: RequestBatch, which: int) -> None:
+    which %= batch.total_impressions
+    only = torch.zeros(batch.total_impressions)
+    only[which] = 1.0
+    seen = gradient_of_candidates(batch, kind, only).abs().sum(1)
+    assert seen[which] > 0
+    assert seen[only == 0].sum() == 0
+
+
+@every_kind
 @few
 @given(batches)
-def test_user_side_does_not_see_candidates(batch: RequestBatch) -> None:
+def test_user_side_does_not_see_candidates(kind: str, batch: RequestBatch) -> None:
     other = random_batch(SCHEMA, batch.num_impressions.tolist(), 12345)
     changed = replace(batch, impression_ids=other.impression_ids, impression_dense=other.impression_dense)
-    before, after = user_vectors(batch), user_vectors(changed)
+    before, after = user_state(batch, kind), user_state(changed, kind)
     for name, vector in before.items():
         assert torch.equal(vector, after[name]), name
-    assert not torch.allclose(logits(batch), logits(changed))  # the logits do see them
+    assert not torch.allclose(logits(batch, kind), logits(changed, kind))  # the logits do see them
 
 
+@every_kind
 @few
 @given(batches, st.randoms(use_true_random=False))
-def test_permuting_requests_permutes_logits(batch: RequestBatch, random: object) -> None:
+def test_permuting_requests_permutes_logits(kind: str, batch: RequestBatch, random: object) -> None:
     rows = list(range(batch.num_requests))
     random.shuffle(rows)  # type: ignore[attr-defined]
-    parts = logits(batch).split(batch.num_impressions.tolist())
+    parts = logits(batch, kind).split(batch.num_impressions.tolist())
     expected = torch.cat([parts[row] for row in rows])
-    torch.testing.assert_close(logits(take_requests(batch, rows)), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits(take_requests(batch, rows), kind), expected, rtol=1e-5, atol=1e-6)
 
 
+@every_kind
 @few
 @given(batches)
-def test_one_request_alone_gives_what_it_gives_in_a_batch(batch: RequestBatch) -> None:
-    alone = [logits(take_requests(batch, [row])) for row in range(batch.num_requests)]
-    torch.testing.assert_close(torch.cat(alone), logits(batch), rtol=1e-5, atol=1e-6)
+def test_one_request_alone_gives_what_it_gives_in_a_batch(kind: str, batch: RequestBatch) -> None:
+    alone = [logits(take_requests(batch, [row]), kind) for row in range(batch.num_requests)]
+    torch.testing.assert_close(torch.cat(alone), logits(batch, kind), rtol=1e-5, atol=1e-6)
+
+
+def test_batch_statistics_alone_depend_on_the_batch() -> None:
+    """The normalisation that depends on the batch by definition, in training alone."""
+    batch = random_batch(SCHEMA, [2, 3, 1], 4)
+    model = build(normalisation="batch")
+    model(batch)
+    alone = [logits(take_requests(batch, [row]), model.train()) for row in range(batch.num_requests)]
+    assert not torch.allclose(torch.cat(alone), logits(batch, model.train()), atol=1e-3)
+    alone = [logits(take_requests(batch, [row]), model.eval()) for row in range(batch.num_requests)]
+    torch.testing.assert_close(torch.cat(alone), logits(batch, model.eval()), rtol=1e-5, atol=1e-6)
 
 
 def with_event(batch: RequestBatch, request: int, place: int, seconds_after: float) -> RequestBatch:
@@ -99,18 +143,20 @@ def with_event(batch: RequestBatch, request: int, place: int, seconds_after: flo
     )
 
 
+@every_kind
 @few
 @given(batches, st.integers(0, 4), st.integers(0, 12), st.sampled_from([0.0, 1.0, 3600.0]))
-def test_future_event_changes_nothing(batch: RequestBatch, request: int, place: int, after: float) -> None:
+def test_future_event_changes_nothing(kind: str, batch: RequestBatch, request: int, place: int, after: float) -> None:
     injected = with_event(batch, request % batch.num_requests, place, after)
-    torch.testing.assert_close(logits(injected), logits(batch), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(logits(injected, kind), logits(batch, kind), rtol=1e-6, atol=1e-7)
 
 
-def test_past_event_changes_its_own_request_alone() -> None:
+@every_kind
+def test_past_event_changes_its_own_request_alone(kind: str) -> None:
     batch = random_batch(SCHEMA, [2, 3], 3, history_lengths=[4, 5])
     injected = with_event(batch, 1, 5, -1.0)
-    assert not torch.allclose(logits(injected)[2:], logits(batch)[2:])
-    torch.testing.assert_close(logits(injected)[:2], logits(batch)[:2], rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(logits(injected, kind)[2:], logits(batch, kind)[2:])
+    torch.testing.assert_close(logits(injected, kind)[:2], logits(batch, kind)[:2], rtol=1e-5, atol=1e-6)
 
 
 def test_a_batch_without_future_events_is_not_copied() -> None:
@@ -119,15 +165,40 @@ def test_a_batch_without_future_events_is_not_copied() -> None:
     assert kept.request_ids["history.history_item"].values is batch.request_ids["history.history_item"].values
 
 
-def test_history_order_matters_with_hstu_and_time() -> None:
+@every_kind
+def test_history_order_matters_with_recency(kind: str) -> None:
     batch = random_batch(SCHEMA, [2], 5, history_lengths=[6])
     key = "history.history_item"
     ids = batch.request_ids[key]
     swapped = replace(batch, request_ids=batch.request_ids | {key: Jagged(ids.values.flip(0), ids.lengths)})
-    assert not torch.allclose(logits(swapped), logits(batch))
+    assert not torch.allclose(logits(swapped, kind), logits(batch, kind))
 
 
-def test_models_without_history_or_without_candidate_ids() -> None:
+@pytest.mark.parametrize("kind", sorted(set(ARCHITECTURES) - {"retrieval"}))
+def test_position_is_fixed_for_serving_and_seen_by_nothing_else(kind: str) -> None:
+    model = build(kind=kind, position_feature="distance", position_value=2.0)
+    batch = random_batch(SCHEMA, [2, 3], 5)
+    moved = replace(batch, impression_dense=batch.impression_dense + torch.tensor([0.0, 3.0, 0.0]))
+    shift = logits(moved, model.train()) - logits(batch, model.train())
+    assert shift.abs().min() > 0
+    assert torch.equal(logits(moved, model.eval()), logits(batch, model.eval()))
+    fixed = batch.impression_dense.clone()
+    fixed[:, 1] = 2.0
+    at_value = logits(replace(batch, impression_dense=fixed), model.train())
+    torch.testing.assert_close(at_value, logits(batch, model.eval()))
+    with torch.no_grad():  # an additive term, so two candidates at one position keep their order and distance
+        position = (model.dense.top if hasattr(model.dense, "top") else model.dense).position
+        without = [position(torch.zeros(5, 2), model.train().inputs(b)) for b in (moved, batch)]
+    torch.testing.assert_close(shift, without[0] - without[1], rtol=1e-4, atol=1e-6)
+
+
+def test_position_feature_must_be_a_column() -> None:
+    with pytest.raises(ConfigError, match="'place' is no impression-level dense column"):
+        build(position_feature="place")
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_models_without_history_or_without_candidate_ids(kind: str) -> None:
     lines, skip = [], False
     for line in YAML.splitlines():
         if line.startswith("  - "):
@@ -138,10 +209,10 @@ def test_models_without_history_or_without_candidate_ids() -> None:
             lines.append(line)
     no_history = "\n".join(lines)
     no_ids = "\n".join(line for line in YAML.splitlines() if not ("level: impression" in line and "kind: ids" in line))
-    for text in (no_history, no_ids):
+    for text in (no_history,) if kind == "retrieval" else (no_history, no_ids):
         of = parse_schema(text)
         batch = random_batch(of, [2, 1, 3], 0)
-        model = build(of)
+        model = build(of, kind=kind)
         out = logits(batch, model)
-        assert out.shape == (6, 2)
+        assert out.shape == (6, 16 if kind == "retrieval" else 2)  # retrieval gives pairs of vectors
         torch.testing.assert_close(logits(batch.explode(), model), out, rtol=1e-5, atol=1e-6)

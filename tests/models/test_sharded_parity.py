@@ -1,7 +1,8 @@
-"""The sharded request-only model equals the unsharded impression-level model: real processes over gloo,
+"""Every sharded request-only model equals the unsharded impression-level model: real processes over gloo,
 unequal requests, ranks without data, row-wise and table-wise tables with fused row-wise Adagrad."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,19 +11,24 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from roo_ray.ingest.batch import RequestBatch
 from roo_ray.models.initialise import initialise_tables, table_scale, table_weights
-from roo_ray.models.losses import ranking_loss
-from roo_ray.models.ranking import RankingModel
 from tests.models import sharded_ranks
-from tests.models.batches import schema
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_sharded_requests_equal_unsharded_impressions(world: int, tmp_path: Path) -> None:
-    mp.spawn(sharded_ranks.run, args=(world, str(tmp_path)), nprocs=world)
-    result = torch.load(tmp_path / "result.pt")
+@pytest.fixture(scope="module", params=[2, 3])
+def sharded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any]]:
+    """(number of ranks, model -> what its training on so many ranks gave)."""
+    world = request.param
+    folder = tmp_path_factory.mktemp(f"ranks{world}")
+    mp.spawn(sharded_ranks.run, args=(world, str(folder)), nprocs=world)
+    return world, torch.load(folder / "result.pt")
 
-    torch.manual_seed(0)
-    model = RankingModel(schema(), sharded_ranks.SETTINGS)
+
+@pytest.mark.parametrize("name", sharded_ranks.MODELS)
+def test_sharded_requests_equal_unsharded_impressions(name: str, sharded: tuple[int, dict[str, Any]]) -> None:
+    world, results = sharded
+    result = results[name]
+    slack = 10.0 if name == "batch_statistics" else 1.0  # differences of nearly equal numbers
+    model = sharded_ranks.build(sharded_ranks.MODELS[name])
     initialise_tables(model, 0)
     for name, table in result["tables_before"].items():
         assert torch.equal(table, model.state_dict()[name]), f"{name}: initial weights depend on the sharding"
@@ -34,22 +40,21 @@ def test_sharded_requests_equal_unsharded_impressions(world: int, tmp_path: Path
     for step, batches in zip(result["steps"], sharded_ranks.steps(world), strict=True):
         batch = RequestBatch.concat([batch for batch in batches if batch is not None]).explode()
         model.zero_grad()
-        loss = ranking_loss(
-            model(batch), batch.labels, batch.weights, sharded_ranks.TASK_WEIGHTS, batch.weights.sum(0), 1
-        )
+        loss = sharded_ranks.loss_of(model, batch, batch.weights.sum(0), 1)
         loss.backward()
         torch.testing.assert_close(step["loss"], loss.detach(), rtol=1e-5, atol=1e-6)
         for name, parameter in dense.items():
             assert parameter.grad is not None
-            torch.testing.assert_close(step["gradients"][name], parameter.grad, rtol=1e-3, atol=2e-6, msg=name)
+            difference = float((step["gradients"][name] - parameter.grad).abs().max())
+            assert difference <= slack * (2e-4 * float(parameter.grad.abs().max()) + 2e-6), f"{name}: {difference}"
         for optimizer in optimizers:
             optimizer.step()
     for name, weight in dense.items():
-        torch.testing.assert_close(result["dense_after"][name], weight.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result["dense_after"][name], weight.detach(), rtol=1e-4, atol=1e-5 * slack)
     for name, table in result["tables_after"].items():
         reference = model.state_dict()[name]
         assert not torch.equal(table, result["tables_before"][name]), f"{name} was not trained"
-        torch.testing.assert_close(table, reference, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(table, reference, rtol=1e-4, atol=1e-5 * slack, msg=name)
 
 
 def test_initial_weights_do_not_depend_on_the_sharding(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
-from roo_ray.config import Model, Training
+from roo_ray.config import Embeddings, Model, Training
 from roo_ray.ingest.batch import RequestBatch, dummy_batch
 from roo_ray.models.losses import ranking_loss
 from roo_ray.models.ranking import RankingModel
@@ -41,11 +41,14 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
         return [torch.load(Path(folder) / f"result{rank}.pt") for rank in range(world)]
 
 
-def sharded_model() -> ShardedModel:
+def sharded_model(embeddings: Embeddings | None = None) -> ShardedModel:
     """A sharded model with seeded weights."""
     torch.manual_seed(0)
-    model = RankingModel(schema(), MODEL, sparse_device=torch.device("meta"))
-    return shard(model, TRAINING, torch.device("cpu"), batch_requests=4, ids_per_request={})
+    settings = MODEL.model_copy(update={"embeddings": embeddings or Embeddings()})
+    model = RankingModel(schema(), settings, sparse_device=torch.device("meta"))
+    return shard(
+        model, TRAINING, torch.device("cpu"), batch_requests=4, ids_per_request={}, embeddings=settings.embeddings
+    )
 
 
 def lane_batches(step: int) -> list[RequestBatch]:
@@ -81,7 +84,7 @@ def full_weights(model: ShardedModel) -> dict[str, torch.Tensor]:
     gathered = {}
     for name, value in model.module.state_dict().items():
         if isinstance(value, ShardedTensor):
-            out = torch.empty(value.size()) if dist.get_rank() == 0 else None
+            out = torch.empty(value.size(), dtype=value.dtype) if dist.get_rank() == 0 else None
             value.gather(dst=0, out=out)
             gathered[name] = out
         else:

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from roo_ray.training.sharding import describe_plan
+from roo_ray.config import Embeddings
+from roo_ray.errors import ConfigError
+from roo_ray.training.sharding import describe_plan, refuse_what_cannot_be
 from tests.training.ranks import full_weights, run_ranks, sharded_model, train_steps
 
 
@@ -48,3 +50,68 @@ def test_training_changes_weights_and_plan_mixes_kinds(one_rank: dict[str, Any])
     assert kinds == {"item": "row_wise", "topic": "table_wise", "word": "row_wise", "tag": "row_wise"}
     for name, value in one_rank["start"].items():
         assert not torch.equal(one_rank["end"][name], value), f"{name} was not trained"
+
+
+OPTIONS = {
+    "sgd": Embeddings(optimizer="sgd"),
+    "sgd_columns": Embeddings(optimizer="sgd", sharding={"item": "column_wise", "word": "table_wise"}),
+    "adagrad": Embeddings(optimizer="adagrad"),
+    "adagrad_columns_fp16": Embeddings(optimizer="adagrad", weights="fp16", sharding={"item": "column_wise"}),
+}
+
+
+def _train_options(rank: int, world: int) -> dict[str, dict[str, Any]]:
+    runs = {}
+    for name, embeddings in OPTIONS.items():
+        model = sharded_model(embeddings)
+        start = full_weights(model)
+        losses = train_steps(model, rank, world, range(3))
+        runs[name] = {
+            "plan": describe_plan(model.plan),
+            "start": start,
+            "losses": losses,
+            "end": full_weights(model),
+        }
+    return runs
+
+
+def test_columns_optimizers_and_half_precision() -> None:
+    """Rules without a state per row are the same run column-wise, and fp16 tables within their precision."""
+    runs = run_ranks(2, _train_options)[0]
+    assert_same_run(runs["sgd_columns"], runs["sgd"])
+    kinds = {row["table"]: row["sharding"] for row in runs["sgd_columns"]["plan"]}
+    assert kinds["item"] == "column_wise"
+    assert kinds["word"] == "table_wise"
+    assert runs["sgd"]["losses"] != runs["adagrad"]["losses"]
+    half, full = runs["adagrad_columns_fp16"], runs["adagrad"]
+    torch.testing.assert_close(torch.tensor(half["losses"]), torch.tensor(full["losses"]), rtol=1e-3, atol=1e-3)
+    for name, table in half["end"].items():
+        if name.startswith("sparse."):
+            assert table.dtype == torch.float16
+            torch.testing.assert_close(table.float(), full["end"][name], rtol=0, atol=0.02)
+
+
+def test_what_a_cpu_cannot_do_is_refused_in_one_message() -> None:
+    tables = ["item", "topic"]
+    wrong = Embeddings(
+        weights="bf16",
+        optimizer="adam",
+        index_dedup=True,
+        uvm=["item"],
+        sharding={"item": "data_parallel", "topic": "grid", "user": "row_wise"},
+    )
+    with pytest.raises(ConfigError) as error:
+        refuse_what_cannot_be(wrong, tables, "cpu")
+    for part in (
+        "weights bf16 do not exist on CPU",
+        "optimizer adam has no fused form on CPU",
+        "index_dedup has no operator on CPU",
+        "uvm is host memory beside a GPU",
+        "'item' is data_parallel, whose gradients are wrong on CPU",
+        "'topic' is grid",
+        "sharding names table 'user'",
+    ):
+        assert part in str(error.value)
+    fine = Embeddings(weights="bf16", optimizer="adam", index_dedup=True, uvm=["item"])
+    refuse_what_cannot_be(fine, tables, "cuda")
+    refuse_what_cannot_be(Embeddings(), tables, "cpu")

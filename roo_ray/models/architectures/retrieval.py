@@ -1,0 +1,65 @@
+"""Retrieval: user and item vectors of length 1, whose dot product ranks the whole catalogue."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from roo_ray.config import Model
+from roo_ray.errors import ConfigError
+from roo_ray.models.architectures.two_tower import ItemTower, UserTower
+from roo_ray.models.contract import ModelInputs, RequestOnlyModel, UserState
+from roo_ray.schema import Schema
+
+
+class RetrievalTowers(RequestOnlyModel):
+    """Two towers without a score: what they give are pairs, (B_NRO, 2 D), the vector of the impression's user and
+    that of its item. Losses and index are in ``roo_ray.models.retrieval``.
+
+    ``item``: the id feature that names an item; ``positive``: the column of ``labels`` that makes an impression a
+    positive. ``item_counts`` (rows of the item's table,) int64: impressions of each item seen in training, on all
+    ranks; part of the model's state, because the logQ correction goes on from it after a restart.
+    """
+
+    item_counts: Tensor
+
+    def __init__(self, schema: Schema, settings: Model) -> None:
+        super().__init__()
+        self.temperature, self.log_q = settings.temperature, settings.log_q
+        self.item, rows = _item_feature(schema, settings)
+        labels = [label.name for label in schema.labels]
+        if settings.positive is not None and settings.positive not in labels:
+            raise ConfigError(f"model.positive '{settings.positive}' is no label of schema '{schema.name}': {labels}")
+        self.positive = labels.index(settings.positive) if settings.positive else 0
+        self.user_tower = UserTower(settings.user_dim, schema, settings)
+        self.item_tower = ItemTower(settings.user_dim, schema, settings)
+        self.register_buffer("item_counts", torch.zeros(rows, dtype=torch.int64))
+
+    def user_side(self, inputs: ModelInputs) -> UserState:
+        """``user`` (B_RO, D), of length 1."""
+        return UserState({"user": functional.normalize(self.user_tower(inputs).float(), dim=1)})
+
+    def impression_side(self, user: UserState, inputs: ModelInputs) -> Tensor:
+        """Pairs (B_NRO, 2 D): the user's vector, then the item's, which is a function of the candidate alone."""
+        items = functional.normalize(self.item_tower(inputs).float(), dim=1)
+        return torch.cat([user.vectors["user"], items], dim=1)
+
+    def scores(self, pairs: Tensor) -> Tensor:
+        """(B_NRO, 2 D) -> (B_NRO,): cosine over temperature."""
+        users, items = pairs.chunk(2, dim=1)
+        return (users * items).sum(1) / self.temperature
+
+
+def _item_feature(schema: Schema, settings: Model) -> tuple[str, int]:
+    """(feature, rows of its table)."""
+    features = {f.name: f for f in schema.select("impression", "ids") if f.pooling == "none"}
+    name = settings.item or next(iter(features), None)
+    if name not in features:
+        raise ConfigError(
+            f"retrieval needs an impression-level id feature with pooling none that names the item: model.item is "
+            f"'{settings.item}', schema '{schema.name}' has {sorted(features) or 'none'}"
+        )
+    table = features[name].table
+    assert table is not None
+    return name, schema.tables[table].rows

@@ -1,0 +1,74 @@
+"""Normalisation that survives request order. LayerNorm and RMSNorm look at one row; batch statistics are taken
+over the impressions of the global batch, whatever the form of the batch and the number of ranks."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+
+class GlobalBatchNorm(nn.Module):
+    """BatchNorm over the global batch (what SyncBatchNorm is on GPU, on every device), each row weighted by the
+    impressions that it stands for: a request counts as often as its impressions would, a dummy request not."""
+
+    running_mean: Tensor
+    running_variance: Tensor
+
+    def __init__(self, width: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_variance", torch.ones(width))
+
+    def forward(self, values: Tensor, weights: Tensor) -> Tensor:
+        """values (B, D), weights (B,) -> (B, D)."""
+        if not self.training:
+            mean, variance = self.running_mean, self.running_variance
+        else:
+            weights = weights.float().unsqueeze(1)  # (B, 1)
+            values = values.float()
+            first = _over_ranks(torch.cat([(values * weights).sum(0), weights.sum(0)]))  # (D + 1,)
+            total = first[-1].clamp(min=1.0)
+            mean = first[:-1] / total
+            variance = _over_ranks(((values - mean).square() * weights).sum(0)) / total
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_variance.lerp_(variance, self.momentum)
+        return (values - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+
+
+def _over_ranks(values: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return all_reduce(values)  # type: ignore[no-any-return]
+    return values
+
+
+def make_norm(kind: str, width: int) -> nn.Module:
+    """'layer', 'rms', 'batch' or 'none'."""
+    if kind == "layer":
+        return nn.LayerNorm(width)
+    if kind == "rms":
+        return nn.RMSNorm(width)
+    if kind == "batch":
+        return GlobalBatchNorm(width)
+    return nn.Identity()
+
+
+def warn_of_plain_batch_norm(model: nn.Module) -> None:
+    """Warns where a team's own model holds BatchNorm with the statistics of one rank's rows: request-sorted
+    batches skew them, user-side rows do not count their impressions, and a dummy request has a part in them."""
+    plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    for name, module in model.named_modules():
+        if isinstance(module, plain):
+            warnings.warn(
+                f"{name} is {type(module).__name__}: its statistics are skewed by request-sorted batches and see "
+                "the dummy request of a rank without data; take LayerNorm, RMSNorm or "
+                "roo_ray.models.normalise.GlobalBatchNorm",
+                stacklevel=2,
+            )

@@ -1,0 +1,43 @@
+"""The published cost polynomial gives what torch counts, for every architecture."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from roo_ray.config import Model
+from roo_ray.models.architectures import ARCHITECTURES
+from roo_ray.models.cost import TERMS, cost_coefficients, example_inputs
+from roo_ray.models.ranking import make_towers
+from roo_ray.schema import parse_schema
+from tests.models.batches import SCHEMA, schema
+
+ONE_SEQUENCE = parse_schema(
+    "\n".join(line for line in SCHEMA.splitlines() if not any(x in line for x in ("search", "max_length: 5"))).replace(
+        "  - name: searches\n    level: request\n    kind: sequence\n", ""
+    )
+)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_polynomial_equals_the_counts(kind: str) -> None:
+    settings = Model(kind=kind, dim=8, layers=2, heads=2, user_dim=8, cross_rank=4, tower=[16, 8])  # type: ignore[arg-type]
+    cost = cost_coefficients(ONE_SEQUENCE, settings)
+    assert tuple(cost) == TERMS
+    towers = make_towers(ONE_SEQUENCE, settings).eval()
+    for t, n in ((0, 1), (1, 1), (5, 7), (12, 3), (11, 16)):
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter:
+            towers(example_inputs(ONE_SEQUENCE, {"history": t}, n))
+        predicted = cost["1"] + cost["t"] * t + cost["t2"] * t * t + cost["n"] * n + cost["nt"] * n * t
+        assert predicted == counter.get_total_flops(), (t, n)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_terms_say_where_the_work_is(kind: str) -> None:
+    state = torch.random.get_rng_state()
+    cost = cost_coefficients(schema(), Model(kind=kind, dim=8, heads=2, user_dim=8))  # type: ignore[arg-type]
+    assert torch.equal(torch.random.get_rng_state(), state)  # asking does not change a run's initial weights
+    assert cost["1"] > 0
+    assert cost["n"] > 0
+    assert (cost["t2"] > 0) == (kind != "dcn")
+    assert (cost["nt"] > 0) == (kind in ("hstu_targets", "cross_attention"))
