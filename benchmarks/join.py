@@ -35,7 +35,6 @@ from roo_ray.requests.hashing import mix64
 ROWS = {"full": 2_000_000, "quick": 200_000, "large": 20_000_000}
 AGAINST_SPARK, AGAINST_BEST = 3.0, 1.5
 STORE_BYTES = {"full": 1_000_000_000, "quick": 500_000_000, "large": 2_000_000_000}
-# the form with neither ledger nor its measurements, beside the default; what the config can switch off
 OURS = {"roo_ray": {}, "roo_ray, lz4 staging": {"staging_compression": "lz4"}}
 
 
@@ -82,15 +81,15 @@ def digest(out: Path) -> tuple[int, int]:
     names = schema()
     files = sorted(str(path) for path in out.rglob("*.parquet"))
     types = request_row_schema(log_types(), names)
-    requests, total = 0, np.uint64(0)
+    requests = total = 0
     for batch in ds.dataset(files, format="parquet").to_batches(columns=names.columns, batch_size=20_000):
         table = pa.Table.from_batches([batch]).cast(pa.schema([types.field(name) for name in names.columns]))
         rows = np.zeros(table.num_rows, np.uint64)
         for name in names.columns:
             rows = mix64(rows * np.uint64(31) + digest_rows(table.column(name)))
         requests += table.num_rows
-        total += rows.sum(dtype=np.uint64)
-    return requests, int(total)
+        total += int(rows.sum(dtype=np.uint64))
+    return requests, total % 2**64
 
 
 LOG: list[pa.Schema] = []
@@ -130,10 +129,7 @@ def run_engine(engine: str, log: Path, out: Path, runs: int, options: dict[str, 
 def table(results: dict[str, dict[str, Any]]) -> None:
     """Prints the results."""
     base = results["roo_ray"]["seconds"]
-    print(
-        f"{'engine':24} {'warm s':>8} {'first s':>8} {'x ours':>7} "
-        f"{'peak PSS':>9} {'RSS':>8} {'output':>9} {'files':>6}"
-    )
+    print(f"{'engine':24}   warm s  first s  x ours  peak PSS      RSS    output  files")
     for name, row in results.items():
         sizes = [f"{row[key] / 1e9:.2f} GB" for key in ("peak_pss_bytes", "peak_rss_bytes")]
         print(

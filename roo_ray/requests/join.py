@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from roo_ray.config import Config
 from roo_ray.errors import ConfigError, DataError, RooError
 from roo_ray.requests.checks import check_types
-from roo_ray.requests.exchange import add_surveys, plan_exchange
+from roo_ray.requests.exchange import Survey, add_surveys, plan_exchange
 from roo_ray.requests.folders import (
     STAGING,
     is_local,
@@ -49,16 +50,18 @@ from roo_ray.requests.stages import (
     count,
     deal,
     gather,
+    readable_failure,
     scatter,
 )
 from roo_ray.requests.staging import Runs, pieces_of
 from roo_ray.requests.tasks import Say, run_tasks
 from roo_ray.requests.uniqueness import refuse_repeated_keys, repeated_hashes
 from roo_ray.sources import open_source
-from roo_ray.sources.base import JoinedSource, ReadUnit
+from roo_ray.sources.base import JoinedSource, KeyedSource, ReadUnit
 from roo_ray.storage import join_path, open_filesystem
 
 MOST_BUCKETS = 4096
+COUNTED_HERE = 4_000_000
 
 
 def build_requests(config: Config, progress: Say) -> Manifest:
@@ -130,7 +133,7 @@ def _run(plan: BuildPlan, units: Sequence[ReadUnit], progress: Say) -> Manifest:
         if not inputs:
             raise RooError("the logs join to no request at all; nothing is published")
     else:
-        surveys = run_tasks(plan, "counting", count, [(unit,) for unit in units], progress)
+        surveys = _count(plan, units, progress)
     survey = add_surveys(surveys)
     exchange = plan_exchange(survey, plan.build, plan.kind == "impressions")
     plan = replace(plan, exchange=exchange, requests_expected=survey.requests)
@@ -177,6 +180,17 @@ def _run(plan: BuildPlan, units: Sequence[ReadUnit], progress: Say) -> Manifest:
 
 
 # ---- stages --------------------------------------------------------------------------------------
+
+
+def _count(plan: BuildPlan, units: Sequence[ReadUnit], progress: Say) -> list[Survey]:
+    """The surveys of all units; of a small input by the driver itself, which is faster than starting tasks."""
+    if not isinstance(plan.source, KeyedSource) or sum(unit.rows for unit in units) > COUNTED_HERE:
+        return run_tasks(plan, "counting", count, [(unit,) for unit in units], progress)
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(lambda unit: count(plan, unit), units))
+    except Exception as error:
+        raise readable_failure(error, "counting") from None
 
 
 def _assemble_logs(plan: BuildPlan, units: Sequence[ReadUnit], progress: Say) -> list[Assembly]:

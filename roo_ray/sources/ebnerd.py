@@ -8,7 +8,7 @@ user's history lists are joined by ``user_id``. Every other request-level column
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -77,6 +77,12 @@ class Ebnerd:
                 made |= joined_histories(table.column(USER), histories)
             columns = {n: made[n] if n in made else table.column(n) for n in self.row_schema.names}
             yield to_plain(pa.table(columns), self.row_schema)
+
+    def key_batches(self, unit: ReadUnit, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Some columns of the request log, in tables of the same rows."""
+        types = pa.schema([self.behaviors_types.field(name) for name in columns])
+        for batch in stream_unit(unit, columns, BATCH_BYTES):
+            yield to_plain(pa.Table.from_batches([batch]), types)
 
     def _histories(self, unit: ReadUnit) -> pa.Table:
         """The rows of the history file for the unit's users."""

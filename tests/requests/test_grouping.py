@@ -2,6 +2,7 @@
 
 import datetime
 import random
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -16,9 +17,12 @@ from roo_ray.requests.grouping import (
     explode_in_slices,
     explode_requests,
     group_impressions,
+    group_parts,
     group_with_findings,
     request_row_schema,
+    share_copies,
 )
+from roo_ray.requests.hashing import hash_rows
 from roo_ray.requests.report import counts_of
 from roo_ray.schema import parse_schema
 from tests.requests.tables import (
@@ -220,3 +224,63 @@ def test_long_lists_are_compared_in_slices(monkeypatch: pytest.MonkeyPatch) -> N
     assert differing_rows(array, left, right).tolist() == [
         lists[i] != lists[j] for i, j in zip(left, right, strict=True)
     ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(impression_logs(), st.integers(1, 4), st.sampled_from(["first", "last"]))
+def test_shared_copies_group_as_whole_rows_do(
+    rows: list[dict[str, object]], tables: int, on_conflict: Literal["first", "last"]
+) -> None:
+    """Dealt in several tables, with one copy of what equal rows share: the same requests and conflicts."""
+    for number, row in enumerate(rows):
+        row["age"] = [row["age"], 1.0, 2.0][number % 3]  # conflicts within most requests
+        row["user"] = 1
+    table = table_of(rows).select(SCHEMA.columns)
+    expected = group_with_findings(table, SCHEMA, on_conflict)
+    copies, impressions, copy_of, found = [], [], [], 0
+    for part in np.array_split(np.arange(len(rows)), tables):
+        some = table.take(pa.array(part, pa.int64()))
+        hashes = hash_rows(some, ["rid"])  # coarser than the request key: runs may hold several requests
+        order = np.argsort(hashes, kind="stable")
+        starts = np.append(True, hashes[order][1:] != hashes[order][:-1])[: len(order)]
+        keeps, copy = share_copies(some.select(SCHEMA.request_columns), SCHEMA, order, starts)
+        copies.append(some.select(SCHEMA.request_columns).take(pa.array(order[keeps])))
+        impressions.append(some.select(SCHEMA.impression_columns).take(pa.array(order)))
+        copy_of.append(copy + found)
+        found += int(keeps.sum())
+    parts = [pa.concat_tables(copies), pa.concat_tables(impressions)]
+    result = group_parts(*parts, np.concatenate(copy_of).astype(np.int64), SCHEMA, on_conflict)
+    assert repr(result[0].to_pylist()) == repr(expected[0].to_pylist())
+    assert result[1] == expected[1]
+
+
+def test_equal_rows_of_a_table_share_one_copy() -> None:
+    rows = [impression_row(request_row(n), item) for n in range(3) for item in range(5)]
+    rows[7]["note"] = "differs"
+    table = table_of(rows).select(SCHEMA.request_columns)
+    starts = np.arange(15) % 5 == 0
+    keeps, copy = share_copies(table, SCHEMA, np.arange(15), starts)
+    assert np.flatnonzero(keeps).tolist() == [0, 5, 7, 10]
+    assert copy.tolist() == [0] * 5 + [1, 1, 2, 1, 1] + [3] * 5
+
+
+@given(
+    st.lists(st.lists(st.sampled_from([0.0, -0.0, 1.5, float("nan"), None]), max_size=3), min_size=1, max_size=8),
+    st.sampled_from([pa.float32(), pa.float64()]),
+    st.booleans(),
+)
+def test_lists_compare_by_value_whatever_their_bytes(
+    lists: list[list[float | None]], kind: pa.DataType, nulls: bool
+) -> None:
+    lists = lists if nulls else [[x for x in values if x is not None] for values in lists]
+    column = pa.array([[9.0], *lists], pa.list_(kind)).slice(1)
+    left, right = (grid.ravel() for grid in np.meshgrid(np.arange(len(lists)), np.arange(len(lists))))
+
+    def same(a: float | None, b: float | None) -> bool:
+        return a == b or (a is not None and b is not None and a != a and b != b)
+
+    expected = [
+        len(lists[i]) != len(lists[j]) or not all(same(a, b) for a, b in zip(lists[i], lists[j], strict=True))
+        for i, j in zip(left, right, strict=True)
+    ]
+    assert differing_rows(column, left, right).tolist() == expected

@@ -1,6 +1,8 @@
 """Shards: one UTC day a file, ordered, the manifest's figures, the same bytes twice, and clear read errors."""
 
 import datetime
+import hashlib
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +10,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from roo_ray.errors import DataError
 from roo_ray.requests.grouping import explode_requests, group_impressions
 from roo_ray.requests.manifest import ShardFile
-from roo_ray.requests.shards import WriteOptions, column_bytes, dictionary_columns, read_row_group, write_shards
+from roo_ray.requests.shards import (
+    WriteOptions,
+    column_bytes,
+    dictionary_columns,
+    read_row_group,
+    row_bytes,
+    row_group_bounds,
+    write_shards,
+)
 from tests.requests.tables import (
     canonical,
     impression_logs,
@@ -112,3 +123,56 @@ def test_broken_shards_are_named(tmp_path: Path) -> None:
     (tmp_path / path).unlink()
     with pytest.raises(DataError, match=rf"shard .*{path} is missing"):
         read_row_group(str(tmp_path), path, 0)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.integers(1, 500)), min_size=1, max_size=60),
+    st.integers(1, 9),
+    st.integers(1, 60),
+    st.integers(1, 900),
+)
+def test_row_groups_end_at_the_first_limit(
+    rows: list[tuple[int, int]], requests: int, impressions: int, size: int
+) -> None:
+    counts, sizes = np.array(rows).T
+    options = WriteOptions(requests, 3, row_group_impressions=impressions, row_group_bytes=size)
+    bounds = row_group_bounds(counts, sizes, options)
+    assert (bounds[0], bounds[-1]) == (0, len(rows))
+
+    def fits(begin: int, end: int) -> bool:
+        within = counts[begin:end].sum() <= impressions and sizes[begin:end].sum() <= size
+        return end - begin <= requests and bool(within)
+
+    for begin, end in itertools.pairwise(bounds.tolist()):
+        assert end > begin
+        assert fits(begin, end) or end == begin + 1
+        assert end == len(rows) or not fits(begin, end + 1)
+
+
+def test_bytes_of_rows() -> None:
+    nested = pa.array([[["ab", None], []], None, [["c"]]], pa.list_(pa.list_(pa.string())))
+    assert row_bytes(nested).tolist() == [4 + (4 + 6 + 4) + 4, 4, 4 + 4 + 5]
+    assert row_bytes(nested.slice(2)).tolist() == [13]
+    assert row_bytes(pa.array([1, None], pa.int64())).tolist() == [8, 8]
+    assert row_bytes(pa.array([True, False])).tolist() == [1, 1]
+    pair = pa.StructArray.from_arrays([pa.array([1, 2], pa.int16()), pa.array(["", "x"])], ["a", "b"])
+    assert row_bytes(pair).tolist() == [6, 7]
+
+
+def test_files_are_split_by_size(tmp_path: Path) -> None:
+    requests = requests_of(400)
+    one_day = requests.set_column(
+        requests.column_names.index("time"), "time", pa.array(np.arange(400) * 10**6, pa.timestamp("us"))
+    )
+    whole = write(one_day, tmp_path)
+    assert [file.path for file in whole] == ["data/v000001/day=1970-01-01/shard-00007-000.parquet"]
+    options = WriteOptions(4, 3, file_bytes=whole[0].bytes // 5)
+    parts = [file for file, _ in write_shards(one_day, SCHEMA, options, str(tmp_path), 2, 1, first_part=3)]
+    assert 3 <= len(parts) <= 8
+    assert [file.path[-11:-8] for file in parts] == [f"{3 + number:03d}" for number in range(len(parts))]
+    assert sum(file.requests for file in parts) == 400
+    for file in parts:
+        content = (tmp_path / file.path).read_bytes()
+        assert (file.digest, file.bytes) == (hashlib.sha256(content).hexdigest(), len(content))
+    read = pa.concat_tables(pq.ParquetFile(tmp_path / file.path).read() for file in parts)
+    assert canonical(read) == canonical(one_day)
