@@ -16,7 +16,7 @@ from roo_ray.requests.ledger import measure_requests, sorted_disk_bytes
 from roo_ray.requests.profile import ImpressionTable, Sample, Use
 from roo_ray.requests.profile_cost import StepCost, predict
 from roo_ray.requests.profile_schema import level_of
-from roo_ray.requests.shards import SAMPLE_ROWS, WriteOptions, column_bytes, dictionary_columns, order_for_shards
+from roo_ray.requests.shards import SAMPLE_ROWS, WriteOptions, choose_encodings, column_bytes, order_for_shards
 from roo_ray.requests.times import epoch_seconds
 from roo_ray.schema import Schema
 from roo_ray.sources.columns import as_array, list_parts
@@ -96,7 +96,7 @@ def _shard_bytes(requests: pa.Table) -> dict[str, int]:
     """Compressed bytes per column of request rows, written as shards are."""
     stream = pa.BufferOutputStream()
     sample = requests.slice(0, SAMPLE_ROWS).combine_chunks()
-    with OPTIONS.writer(stream, requests.schema, dictionary_columns(sample, OPTIONS)[0]) as writer:
+    with OPTIONS.writer(stream, requests.schema, choose_encodings(sample, OPTIONS)[0]) as writer:
         writer.write_table(requests, row_group_size=OPTIONS.row_group_requests)
     return column_bytes(pq.read_metadata(pa.BufferReader(stream.getvalue())))
 

@@ -1,8 +1,8 @@
 """Request shards: Parquet files of request rows, one UTC day each, written once and never changed.
 
 A file appears under its name complete or not at all, and the same rows give the same bytes. Rows are ordered by
-user and time, which compresses best, or by time; each column is encoded with or without a dictionary, whichever
-is smaller on a sample.
+user and time, which compresses best, or by time; each column is written plain, with a dictionary or split
+by bytes, whichever is smallest on a sample.
 """
 
 from __future__ import annotations
@@ -33,8 +33,17 @@ from roo_ray.storage import join_path, open_filesystem
 
 DATA = "data"
 SAMPLE_ROWS = 1024
-DICTIONARY_GAIN = 0.98
+ENCODING_GAIN = 0.98
 OFFSET_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Encodings:
+    """Leaf columns that are dictionary-encoded, and those whose bytes are split into streams by significance
+    (Parquet's BYTE_STREAM_SPLIT), which repeated histories and slowly changing numbers compress better in."""
+
+    dictionary: tuple[str, ...] = ()
+    split: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,14 +59,15 @@ class WriteOptions:
     file_bytes: int = 64_000_000
     order: Literal["user_time", "time"] = "user_time"
 
-    def writer(self, stream: pa.NativeFile, schema: pa.Schema, dictionary: list[str]) -> pq.ParquetWriter:
-        """A Parquet writer with these options; ``dictionary``: the columns that are dictionary-encoded."""
+    def writer(self, stream: pa.NativeFile, schema: pa.Schema, encodings: Encodings) -> pq.ParquetWriter:
+        """A Parquet writer with these options."""
         return pq.ParquetWriter(
             stream,
             schema,
             compression="zstd",
             compression_level=self.compression_level,
-            use_dictionary=dictionary or False,
+            use_dictionary=list(encodings.dictionary) or False,
+            use_byte_stream_split=list(encodings.split) or False,
             write_page_index=False,
         )
 
@@ -99,23 +109,42 @@ def _leaf_paths(schema: pa.Schema, name: str) -> list[str]:
     return [footer.schema.column(i).path for i in range(footer.num_columns)]
 
 
-def dictionary_columns(sample: pa.Table, options: WriteOptions) -> tuple[list[str], int]:
-    """(leaf columns that dictionary encoding makes smaller, compressed bytes with them): found by writing each
-    column of the sample both ways."""
-    chosen: list[str] = []
+def choose_encodings(sample: pa.Table, options: WriteOptions) -> tuple[Encodings, int]:
+    """(encodings that make the columns smaller than plain ones, compressed bytes with them): found by writing each
+    column of the sample in each way."""
+    dictionary: list[str] = []
+    split: list[str] = []
     total = 0
     for name in sample.column_names:
         one = sample.select([name])
         paths = _leaf_paths(sample.schema, name)
-        sizes = []
-        for dictionary in ([], paths):
-            stream = pa.BufferOutputStream()
-            with options.writer(stream, one.schema, dictionary) as writer:
-                writer.write_table(one)
-            sizes.append(sum(column_bytes(pq.read_metadata(pa.BufferReader(stream.getvalue()))).values()))
-        chosen += paths if sizes[1] < DICTIONARY_GAIN * sizes[0] else []
-        total += min(sizes)
-    return chosen, total
+        plain = _written_bytes(one, options, Encodings())
+        best, chosen, into = plain, [], dictionary
+        ways = [(Encodings(dictionary=tuple(paths)), dictionary)]
+        if can_split(sample.schema.field(name).type):
+            ways.append((Encodings(split=tuple(paths)), split))
+        for encodings, kind in ways:
+            size = _written_bytes(one, options, encodings)
+            if size < ENCODING_GAIN * plain and size < best:
+                best, chosen, into = size, paths, kind
+        into += chosen
+        total += best
+    return Encodings(tuple(dictionary), tuple(split)), total
+
+
+def can_split(kind: pa.DataType) -> bool:
+    """Whether all values of this type, or of lists of it, are numbers of 4 or 8 bytes."""
+    while is_list(kind):
+        kind = kind.value_type
+    types = pa.types
+    return bool(types.is_float32(kind) or types.is_float64(kind) or types.is_integer(kind) or types.is_timestamp(kind))
+
+
+def _written_bytes(table: pa.Table, options: WriteOptions, encodings: Encodings) -> int:
+    stream = pa.BufferOutputStream()
+    with options.writer(stream, table.schema, encodings) as writer:
+        writer.write_table(table)
+    return sum(column_bytes(pq.read_metadata(pa.BufferReader(stream.getvalue()))).values())
 
 
 def order_for_shards(
@@ -195,14 +224,14 @@ def write_shards(
         sizes = sum((row_bytes(as_array(column)) for column in table.columns), np.zeros(len(rows), np.int64))
         bounds = row_group_bounds(impressions, sizes, options)
         sample = min(int(bounds[1]), SAMPLE_ROWS)
-        dictionary, compressed = dictionary_columns(table.slice(0, sample).combine_chunks(), options)
+        encodings, compressed = choose_encodings(table.slice(0, sample).combine_chunks(), options)
         expected = float(sizes.sum()) * compressed / max(int(sizes[:sample].sum()), 1)
         for part, (first, last) in enumerate(_file_bounds(sizes, bounds, expected / options.file_bytes), first_part):
             groups = bounds[first : last + 1]
             begin, end = int(groups[0]), int(groups[-1])
             folder = f"{version_folder(version, token)}/day={day_name(int(day))}"
             name = f"{folder}/shard-{shard:05d}-{part:03d}.parquet"
-            content = _encode(table, groups, options, dictionary)
+            content = _encode(table, groups, options, encodings)
             write_whole(filesystem, f"{base}/{name}", content)
             seconds = times[rows[begin:end]]
             file = ShardFile(
@@ -237,10 +266,10 @@ def _file_bounds(sizes: Ints, bounds: Ints, files: float) -> list[tuple[int, int
     return [(int(first), int(last)) for first, last in pairwise(cuts)]
 
 
-def _encode(table: pa.Table, groups: Ints, options: WriteOptions, dictionary: list[str]) -> pa.Buffer:
+def _encode(table: pa.Table, groups: Ints, options: WriteOptions, encodings: Encodings) -> pa.Buffer:
     """The bytes of a Parquet file with these row groups of the table."""
     stream = pa.BufferOutputStream()
-    with options.writer(stream, table.schema, dictionary) as writer:
+    with options.writer(stream, table.schema, encodings) as writer:
         for left, right in pairwise(groups):
             rows = int(right - left)
             writer.write_table(table.slice(int(left), rows), row_group_size=rows)

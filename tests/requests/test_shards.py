@@ -16,9 +16,10 @@ from roo_ray.errors import DataError
 from roo_ray.requests.grouping import explode_requests, group_impressions
 from roo_ray.requests.manifest import ShardFile
 from roo_ray.requests.shards import (
+    Encodings,
     WriteOptions,
+    choose_encodings,
     column_bytes,
-    dictionary_columns,
     read_row_group,
     row_bytes,
     row_group_bounds,
@@ -97,21 +98,32 @@ def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
         assert (tmp_path / one.path).read_bytes() == (tmp_path / other.path).read_bytes()
 
 
-def test_dictionaries_where_they_help() -> None:
+def sizes_with(table: pa.Table, encodings: Encodings) -> dict[str, int]:
+    stream = pa.BufferOutputStream()
+    with WriteOptions(1024, 3).writer(stream, table.schema, encodings) as writer:
+        writer.write_table(table)
+    content = pa.BufferReader(stream.getvalue())
+    assert pq.read_table(content).equals(table)
+    return column_bytes(pq.read_metadata(content))
+
+
+def test_encodings_where_they_help() -> None:
     rng = np.random.default_rng(0)
     few = rng.choice([10**15 + i * 7919**3 for i in range(50)], 1000)
-    table = pa.table({"few": few, "many": rng.integers(0, 2**62, 1000)})
+    table = pa.table({"few": few, "many": rng.integers(0, 2**62, 1000), "word": [f"w{i}" for i in range(1000)]})
     offsets, values = pa.array(np.arange(0, 10_001, 10), pa.int32()), pa.array(rng.choice(few, 10_000))
     table = table.append_column("few_lists", pa.ListArray.from_arrays(offsets, values))
-    assert dictionary_columns(table, WriteOptions(1024, 3))[0] == ["few", "few_lists.list.element"]
-    sizes = []
-    for columns in (["few", "few_lists.list.element"], []):
-        stream = pa.BufferOutputStream()
-        with WriteOptions(1024, 3).writer(stream, table.schema, columns) as writer:
-            writer.write_table(table)
-        sizes.append(column_bytes(pq.read_metadata(pa.BufferReader(stream.getvalue()))))
-    assert sizes[0]["few_lists"] < 0.7 * sizes[1]["few_lists"]
-    assert sizes[0]["many"] == sizes[1]["many"]
+    dwell = pa.array(rng.gamma(2, 20, 10_000), pa.float32())
+    table = table.append_column("dwell", pa.ListArray.from_arrays(offsets, dwell))
+    chosen, total = choose_encodings(table, WriteOptions(1024, 3))
+    assert chosen.dictionary == ("few", "few_lists.list.element")
+    assert "dwell.list.element" in chosen.split
+    assert not {"word", "few"} & set(chosen.split)
+    plain, best = sizes_with(table, Encodings()), sizes_with(table, chosen)
+    assert best["few_lists"] < 0.7 * plain["few_lists"]
+    assert best["dwell"] < 0.95 * plain["dwell"]
+    assert all(best[name] <= plain[name] for name in plain)
+    assert total == sum(best.values())
 
 
 def test_broken_shards_are_named(tmp_path: Path) -> None:
