@@ -44,7 +44,7 @@ def publish(
                 files.append(file)
                 for name, size in sized.items():
                     sizes[name]["disk_bytes"]["request"] += size
-            parts.append((day_name(day), check_requests(some, schema), sizes))
+            parts.append((day_name(day), check_requests(some, schema, Build(max_empty_history_share=1)), sizes))
     logged = dict.fromkeys(schema.columns, 1000)
     accounts = day_accounts(parts, files, logged, impressions.num_rows)
     manifest = Manifest(
