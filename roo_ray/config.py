@@ -56,6 +56,22 @@ KuairandSignal = Literal[
 ]
 
 
+def _day(value: Any) -> str:
+    """``YYYY-MM-DD``; YAML reads a day as a date."""
+    try:
+        return datetime.date.fromisoformat(str(value)).isoformat()
+    except ValueError:
+        raise ValueError(f"'{value}' is no day; write it as YYYY-MM-DD") from None
+
+
+def _as_days(value: Any) -> Any:
+    return [value] if isinstance(value, (str, datetime.date)) else value
+
+
+Day = Annotated[str, BeforeValidator(_day)]
+Days = Annotated[list[Day], BeforeValidator(_as_days)]
+
+
 class SyntheticSource(Strict):
     """A generated impression log with a planted click model. ``path``: where the log is written.
 
@@ -241,8 +257,9 @@ class Build(Strict):
     larger request has one of its own. ``order`` of the rows of a file: ``user_time`` (compresses best) or
     ``time``. ``staging_compression`` of the files between the stages: ``auto`` is none on local disks, lz4 on object
     stores. ``keep_aside``: write the rows that join to no request under ``aside/`` (they are counted either
-    way). ``ledger``: whether the sizes of the impression-level form sorted by request are measured on all rows
-    (``full``), on a sample of the shards (``sample``) or not at all (``off``).
+    way). ``days``: build only these UTC days (``YYYY-MM-DD``), from all their rows in the source; the other days are
+    those of the version before; empty: build all days. ``ledger``: whether the sizes of the impression-level form
+    sorted by request are measured on all rows (``full``), on a sample of the shards (``sample``) or not (``off``).
 
     What happens where a check fails (docs/data.md); all is counted in the manifest and its report:
     ``on_request_conflict``: a request-only column varies within a request: ``fail``, or keep the ``first`` /
@@ -262,6 +279,7 @@ class Build(Strict):
     compression_level: int = Field(default=3, ge=1, le=22)
     staging_compression: Literal["auto", "none", "lz4", "zstd"] = "auto"
     keep_aside: bool = True
+    days: Days = Field(default_factory=list)
     on_request_conflict: Literal["fail", "first", "last", "max_time"] = "fail"
     on_duplicate_impression: Literal["fail", "drop"] = "fail"
     on_leaking_history: Literal["fail", "count", "drop"] = "fail"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -19,6 +20,11 @@ def open_filesystem(path: str) -> tuple[pafs.FileSystem, str]:
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"cannot open {path}: {error}; use a local path, s3://..., or gs://...") from None
     return filesystem, inner
+
+
+def without_secrets(path: str) -> str:
+    """A path or URI without the keys that may stand in it, to be kept and shown."""
+    return re.sub(r"(?<=://)[^/@]*@", "", path.partition("?")[0])
 
 
 def join_path(path: str, *parts: str) -> str:

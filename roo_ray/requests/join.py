@@ -12,21 +12,23 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
+
 from roo_ray.config import Config
 from roo_ray.errors import ConfigError, DataError, RooError
+from roo_ray.requests.accounts import add_counts, day_accounts, total_counts, total_ledger
 from roo_ray.requests.checks import check_types
 from roo_ray.requests.exchange import Survey, add_surveys, plan_exchange
-from roo_ray.requests.folders import (
-    STAGING,
-    is_local,
-    only_writer,
-    remove_folder,
-    remove_if_empty,
-    remove_strays,
-    require_published,
+from roo_ray.requests.manifest import AsideRows, Manifest, Origin, publish_manifest
+from roo_ray.requests.rebuild import (
+    exchange_record,
+    merge_accounts,
+    merge_exchange,
+    merge_files,
+    parent_of,
+    require_days,
+    same_shards,
 )
-from roo_ray.requests.ledger import build_ledger
-from roo_ray.requests.manifest import AsideRows, Manifest, publish_manifest
 from roo_ray.requests.report import (
     FAIL,
     CheckFailed,
@@ -37,7 +39,6 @@ from roo_ray.requests.report import (
     report_json,
     require_passed,
 )
-from roo_ray.requests.shards import version_folder
 from roo_ray.requests.stages import (
     Assembly,
     BuildPlan,
@@ -45,7 +46,6 @@ from roo_ray.requests.stages import (
     Joined,
     Scattered,
     ShardTask,
-    aside_folder,
     assemble,
     count,
     deal,
@@ -55,17 +55,28 @@ from roo_ray.requests.stages import (
 )
 from roo_ray.requests.staging import Runs, pieces_of
 from roo_ray.requests.tasks import Say, run_tasks
+from roo_ray.requests.times import day_name
 from roo_ray.requests.uniqueness import refuse_repeated_keys, repeated_hashes
+from roo_ray.requests.versions import (
+    STAGING,
+    discard,
+    new_origin,
+    only_writer,
+    remove_folder,
+    remove_if_empty,
+    remove_strays,
+)
 from roo_ray.sources import open_source
 from roo_ray.sources.base import JoinedSource, KeyedSource, ReadUnit
-from roo_ray.storage import join_path, open_filesystem
+from roo_ray.storage import join_path, open_filesystem, without_secrets
 
 MOST_BUCKETS = 4096
 COUNTED_HERE = 4_000_000
 
 
 def build_requests(config: Config, progress: Say) -> Manifest:
-    """Builds the next version of the data set at ``config.requests`` from ``config.source`` and publishes it.
+    """Builds the next version of the data set at ``config.requests`` from ``config.source`` and publishes it; with
+    ``build.days`` only these days of it, and the others are those of the version before (``rebuild``).
 
     Ray must be initialised. ``progress`` gets a line now and then. Raises ConfigError where the config has no
     source, DataError where the data breaks a rule or another build is at work (nothing is published then, and
@@ -80,7 +91,7 @@ def build_requests(config: Config, progress: Say) -> Manifest:
     _refuse_own_input(config, [unit.root for unit in units])
     check_types(source.row_schema, config.request_schema, units[0].kind)
     with only_writer(config.requests) as version:
-        token = "" if is_local(config.requests) else uuid.uuid4().hex[:8]
+        parent = parent_of(config.requests, config.request_schema, config.build.days, version.number)
         plan = BuildPlan(
             source=source,
             schema=config.request_schema,
@@ -88,26 +99,23 @@ def build_requests(config: Config, progress: Say) -> Manifest:
             kind=units[0].kind,
             staging=join_path(config.requests, STAGING, uuid.uuid4().hex[:12]),
             data_set=config.requests,
-            version=version,
-            token=token,
+            version=version.number,
+            token=version.token,
+            days=tuple(np.array(config.build.days, "datetime64[D]").astype(np.int64).tolist()),
         )
         filesystem, staging = open_filesystem(plan.staging)
-        base = open_filesystem(config.requests)[1]
-        folders = [version_folder(version, token), aside_folder(version, token)]
         published = False
         try:
             filesystem.create_dir(staging, recursive=True)
-            manifest = _run(plan, units, progress)
-            remove_strays(config.requests, folders, manifest)
+            manifest = _run(plan, units, parent, progress)
+            remove_strays(config.requests, version, manifest)
             publish_manifest(config.requests, manifest)
-            require_published(config.requests, manifest)
             published = True
         finally:
             remove_folder(filesystem, staging)
             remove_if_empty(filesystem, os.path.dirname(staging))
-            for folder in folders if not published else []:
-                remove_folder(filesystem, f"{base}/{folder}")
-                remove_if_empty(filesystem, os.path.dirname(f"{base}/{folder}"))
+            if not published:
+                discard(config.requests, version)
     return manifest
 
 
@@ -116,66 +124,102 @@ def _refuse_own_input(config: Config, roots: Iterable[str]) -> None:
         raise ConfigError(f"source.path and requests are the same folder, {config.requests}; they must differ")
 
 
-def _run(plan: BuildPlan, units: Sequence[ReadUnit], progress: Say) -> Manifest:
+def _run(plan: BuildPlan, units: Sequence[ReadUnit], parent: Manifest | None, progress: Say) -> Manifest:
     rows = sum(unit.rows for unit in units)
-    files = len({unit.path for unit in units})
+    inputs_named = len({unit.path for unit in units})
     counts = {"units_read": len(units)}
-    progress(f"reading {rows:,} rows from {files:,} files ({len(units):,} tasks)")
+    progress(f"reading {rows:,} rows from {inputs_named:,} files ({len(units):,} tasks)")
     aside: dict[str, AsideRows] = {}
     inputs: Sequence[ReadUnit | Joined] = units
     if isinstance(plan.source, JoinedSource):
         assemblies = _assemble_logs(plan, units, progress)
         inputs = [assembly.joined for assembly in assemblies if assembly.joined]
         surveys = [unit.survey for unit in inputs if isinstance(unit, Joined)]
-        counts, aside = _add_all([counts, *(assembly.counts for assembly in assemblies)]), _aside(assemblies)
+        counts, aside = add_counts([counts, *(assembly.counts for assembly in assemblies)]), _aside(assemblies)
         counts |= {f"aside.{reason}": kept.rows for reason, kept in aside.items()}
-        counts |= {f"rows_read.{log}": number for log, number in _add_all(a.read for a in assemblies).items()}
+        counts |= {f"rows_read.{log}": number for log, number in add_counts(a.read for a in assemblies).items()}
         if not inputs:
             raise RooError("the logs join to no request at all; nothing is published")
     else:
         surveys = _count(plan, units, progress)
     survey = add_surveys(surveys)
     exchange = plan_exchange(survey, plan.build, plan.kind == "impressions")
+    wanted = survey.total_rows
+    if parent is not None:
+        by_day = _rows_by_day(survey)
+        require_days(plan.build.days, by_day, parent)
+        exchange = same_shards(exchange, by_day, plan.build.days, parent)
+        wanted = sum(by_day.get(day, 0) for day in plan.build.days)
+        counts["rows_outside_days"] = survey.total_rows - wanted
+        progress(f"{survey.total_rows - wanted:,} {plan.kind} are of other days than build.days and stay out")
     plan = replace(plan, exchange=exchange, requests_expected=survey.requests)
 
-    progress(
-        f"dealing {survey.total_rows:,} {plan.kind} to {len(exchange.shards):,} shards of {len(exchange.days)} days"
-    )
+    progress(f"dealing {wanted:,} {plan.kind} to {len(exchange.shards):,} shards of {len(exchange.days)} days")
     tasks = [(unit, number) for number, unit in enumerate(inputs)]
     scattered = run_tasks(plan, "dealing", scatter, tasks, progress)
     read = sum(result.impressions for result in scattered)
     progress(f"grouping, checking and writing {read:,} impressions ({len(exchange.shards):,} tasks)")
-    gathered = run_tasks(plan, "writing", gather, [(task,) for task in _shard_tasks(plan, scattered)], progress)
+    shard_tasks = _shard_tasks(plan, scattered)
+    gathered = run_tasks(plan, "writing", gather, [(task,) for task in shard_tasks], progress)
     findings = merge_findings(result.findings for result in gathered)
     require_passed(findings)
     findings.append(_verify(plan, gathered, findings, progress))
 
-    shards = sorted((file for result in gathered for file in result.files), key=lambda file: file.path)
-    counts["rows_read"] = rows if isinstance(plan.source, JoinedSource) else sum(part.rows for part in scattered)
-    counts |= {"impressions_read": read, **plan.source.counts()}
-    counts |= counts_of(findings)
-    counts["requests"] = sum(file.requests for file in shards)
-    counts["impressions"] = sum(file.impressions for file in shards)
-    stations = {"listed": survey.total_rows if inputs is not units else rows, "counted": survey.total_rows}
-    stations |= {"dealt": sum(part.rows for part in scattered), "grouped": sum(part.rows for part in gathered)}
-    _account(plan, counts, stations)
+    files = [file for result in gathered for file in result.files]
+    written = counts_of(findings) | {
+        "impressions_read": read,
+        "requests": sum(file.requests for file in files),
+        "impressions": sum(file.impressions for file in files),
+    }
+    stations = {"listed": (survey.total_rows if inputs is not units else rows) - counts.get("rows_outside_days", 0)}
+    stations |= {"counted": wanted, "dealt": sum(part.rows for part in scattered)}
+    stations |= {"grouped": sum(part.rows for part in gathered)}
+    _account(plan, written, stations)
+    counts |= {"rows_read": rows, "impressions_read": read, **plan.source.counts()}
+
+    pairs = zip(shard_tasks, gathered, strict=True)
+    parts = [(day_name(task.shard.day), counts_of(part.findings), part.sizes) for task, part in pairs]
+    accounts = day_accounts(parts, files, plan.source.disk_bytes(), survey.total_rows)
+    record = exchange_record(exchange)
+    if parent is not None:
+        files = merge_files(plan.build.days, files, parent)
+        accounts = merge_accounts(plan.build.days, accounts, parent)
+        record = merge_exchange(plan.build.days, record, parent)
+        again = sum(file.path in {old.path for old in parent.files} for file in files)
+        progress(f"{again:,} files are those of version {parent.version}, {len(files) - again:,} are new")
+    counts |= total_counts(accounts, files)
     progress(f"{counts['requests']:,} requests with {counts['impressions']:,} impressions, all accounted for")
     return Manifest(
         version=plan.version,
+        origin=_origin(plan, units, parent),
         schema_yaml=plan.schema.to_yaml(),
         schema_digest=plan.schema.digest,
-        files=shards,
+        files=sorted(files, key=lambda file: (file.day, file.shard, file.path)),
         aside=aside,
         counts=counts,
-        ledger=build_ledger(
-            plan.schema,
-            [result.sizes for result in gathered],
-            shards,
-            logged=plan.source.disk_bytes(),
-            codec=plan.source.codec,
-            level=plan.build.compression_level,
-        ),
-        report=report_json([accounted(plan.kind, survey.total_rows, counts), *findings]),
+        ledger=total_ledger(accounts, plan.schema, files, plan.source.codec, plan.build.compression_level),
+        report=report_json([accounted(plan.kind, wanted, written), *findings]),
+        accounts=accounts,
+        exchange=record,
+    )
+
+
+def _rows_by_day(survey: Survey) -> dict[str, int]:
+    days, inverse = np.unique(survey.days, return_inverse=True)
+    rows = np.bincount(inverse, survey.rows, len(days)).astype(np.int64)
+    return {day_name(day): number for day, number in zip(days.tolist(), rows.tolist(), strict=True)}
+
+
+def _origin(plan: BuildPlan, units: Sequence[ReadUnit], parent: Manifest | None) -> Origin:
+    roots = sorted({without_secrets(unit.root) for unit in units})
+    files = len({unit.path for unit in units})
+    return new_origin(
+        Origin(
+            kind="full" if parent is None else "days",
+            parent=None if parent is None else parent.version,
+            source=f"{type(plan.source).__name__}: {files:,} files of {', '.join(roots)}",
+            days=list(plan.build.days),
+        )
     )
 
 
@@ -206,7 +250,7 @@ def _assemble_logs(plan: BuildPlan, units: Sequence[ReadUnit], progress: Say) ->
     progress(f"joining the logs ({buckets} tasks)")
     tasks = [(bucket, {log: some[bucket] for log, some in pieces.items()}) for bucket in range(buckets)]
     assemblies = run_tasks(plan, "joining", assemble, tasks, progress)
-    read = _add_all(assembly.read for assembly in assemblies)
+    read = add_counts(assembly.read for assembly in assemblies)
     for log in runs:
         listed = sum(unit.rows for unit in units if unit.log == log)
         if listed != read.get(log, 0):
@@ -231,15 +275,14 @@ def _shard_tasks(plan: BuildPlan, scattered: Sequence[Scattered]) -> list[ShardT
     copies = pieces_of([part.copies_runs for part in scattered], plan.exchange.buckets)
     own = [part.impression_runs for part in scattered if part.impression_runs is not None]
     impressions = pieces_of(own, plan.exchange.buckets) if own else None
-    return [
-        ShardTask(
-            shard,
-            index,
-            copies[shard.first : shard.last],
-            impressions[shard.first : shard.last] if impressions else None,
-        )
-        for index, shard in enumerate(plan.exchange.shards)
-    ]
+    tasks = []
+    for index, shard in enumerate(plan.exchange.shards):
+        # shards of an earlier version may have lost all their rows
+        buckets = [bucket for bucket in range(shard.first, shard.last) if copies[bucket]]
+        mine = [impressions[bucket] for bucket in buckets] if impressions else None
+        if buckets:
+            tasks.append(ShardTask(shard, index, [copies[bucket] for bucket in buckets], mine))
+    return tasks
 
 
 def _verify(plan: BuildPlan, gathered: Sequence[Gathered], findings: Sequence[Finding], progress: Say) -> Finding:
@@ -269,14 +312,6 @@ def _verify(plan: BuildPlan, gathered: Sequence[Gathered], findings: Sequence[Fi
 
 
 # ---- accounting ----------------------------------------------------------------------------------
-
-
-def _add_all(parts: Iterable[dict[str, int]]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for part in parts:
-        for name, number in part.items():
-            total[name] = total.get(name, 0) + number
-    return total
 
 
 def _account(plan: BuildPlan, counts: dict[str, int], stations: dict[str, int]) -> None:

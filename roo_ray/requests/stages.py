@@ -45,7 +45,7 @@ REFUSED = "REFUSED"
 @dataclass(frozen=True)
 class BuildPlan:
     """What every task of a build knows. ``staging``: folder of the files between the stages; ``kind``: what the
-    source's rows are; ``exchange``: known after the count."""
+    source's rows are; ``exchange``: known after the count; ``days``: the UTC days that are built, empty for all."""
 
     source: Source | JoinedSource
     schema: Schema
@@ -56,6 +56,7 @@ class BuildPlan:
     version: int
     token: str = ""
     exchange: Exchange | None = None
+    days: tuple[int, ...] = ()
     requests_expected: float = 0.0
 
     @property
@@ -217,11 +218,19 @@ def count(plan: BuildPlan, unit: ReadUnit) -> Survey:
 
 
 def _rows_of(plan: BuildPlan, unit: ReadUnit | Joined) -> Iterator[pa.Table]:
+    """The unit's rows of the days that are built."""
+    tables: Iterator[pa.Table]
     if isinstance(unit, Joined):
-        for batch in read_staged(plan.staging, unit.name):
-            yield pa.Table.from_batches([batch])
+        tables = (pa.Table.from_batches([batch]) for batch in read_staged(plan.staging, unit.name))
     else:
-        yield from plan.source.batches(unit)
+        tables = plan.source.batches(unit)
+    for table in tables:
+        if plan.days:
+            require_keys(table, plan.schema)
+            days = utc_days(epoch_seconds(table.column(plan.schema.keys.time), plan.schema.keys.time))
+            table = table.filter(pa.array(np.isin(days, plan.days)))
+        if table.num_rows:
+            yield table
 
 
 def scatter(plan: BuildPlan, unit: ReadUnit | Joined, number: int) -> Scattered:

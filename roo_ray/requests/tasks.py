@@ -13,7 +13,8 @@ import pyarrow.fs as pafs
 import ray
 
 from roo_ray.errors import BadInput, DataError, RooError
-from roo_ray.requests.stages import BuildPlan, readable_failure
+from roo_ray.requests.stages import readable_failure
+from roo_ray.requests.uniqueness import HasStaging
 from roo_ray.storage import open_filesystem
 
 SECONDS_BETWEEN_WORDS = 3.0
@@ -23,7 +24,7 @@ Say = Callable[[str], None]
 Result = TypeVar("Result")
 
 
-def _run_task(batch: pa.Table, plan: BuildPlan, what: str) -> pa.Table:
+def _run_task(batch: pa.Table, plan: HasStaging, what: str) -> pa.Table:
     """Runs a task in a Ray Data worker; errors come back as values, so that one clear line reaches the user."""
     number = batch.column("number")[0].as_py()
     filesystem, staging = open_filesystem(plan.staging)
@@ -45,7 +46,7 @@ def _run_task(batch: pa.Table, plan: BuildPlan, what: str) -> pa.Table:
 
 
 def run_tasks(
-    plan: BuildPlan,
+    plan: HasStaging,
     what: str,
     function: Callable[..., Result],
     tasks: Sequence[tuple[Any, ...]],
@@ -53,6 +54,8 @@ def run_tasks(
 ) -> list[Result]:
     """``function(plan, *task)`` for all tasks, in order. After a failure no further task begins, those at work
     end, and the failure of the first task in order is raised."""
+    if not tasks:
+        return []
     # the plan travels once, with the function, not with each task
     items = [{"number": number, "task": pickle.dumps((function, task))} for number, task in enumerate(tasks)]
     data = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(

@@ -23,7 +23,7 @@ from roo_ray.errors import ConfigError, RooError
 from roo_ray.ingest.holdout import check_sides
 from roo_ray.ingest.plan import differences, plan_inputs
 from roo_ray.models.cost import training_megaflops
-from roo_ray.requests.manifest import Manifest, load_manifest
+from roo_ray.requests.manifest import Manifest, load_manifest, manifest_versions
 from roo_ray.schema import Schema
 from roo_ray.storage import open_filesystem
 from roo_ray.training.checkpoint import STATE_FILE, RunState, finite, open_checkpoint, read_state
@@ -213,7 +213,7 @@ def order_of_data(config: Config, manifest: Manifest) -> dict[str, Any]:
 
 def refuse_another_run(config: Config, run_name: str, plan: dict[str, Any]) -> None:
     """Raises ConfigError where a run of this name has a checkpoint, and its model is another one or its data came in
-    another order: it cannot go on."""
+    another order: it cannot go on; DataError where it read a version that was purged."""
     filesystem, base = open_filesystem(config.storage)
     listing = filesystem.get_file_info(pafs.FileSelector(f"{base}/{run_name}", allow_not_found=True, recursive=True))
     states = sorted(item.path for item in listing if os.path.basename(item.path) == STATE_FILE)
@@ -233,6 +233,8 @@ def refuse_another_run(config: Config, run_name: str, plan: dict[str, Any]) -> N
         before = json.loads(stream.read())
     changed = differences(before, plan)
     if changed:
+        if plan["data_version"] != (pinned := before.get("data_version")) in manifest_versions(config.requests):
+            load_manifest(config.requests, pinned)  # says so where that version was purged
         raise ConfigError(
             f"run '{run_name}' exists and cannot go on, because its data would come in another order: "
             f"{'; '.join(changed)}; restore this (requests_version names a version of the data), or choose another "
