@@ -95,7 +95,7 @@ def test_users_are_gone_and_all_others_stay(tmp_path: Path, local_ray: None) -> 
         epochs=(0,), mode="shuffled",
     )  # fmt: skip
     with pytest.raises(DataError, match="was purged"):  # what a run pinned to it meets
-        settings.plans()
+        settings.open()
     again = forget(tmp_path, "9")
     assert (again.version, again.users_found, again.requests_removed) == (None, 0, 0)
     assert manifest_versions(str(tmp_path)) == [1, 2]
