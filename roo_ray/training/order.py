@@ -44,6 +44,4 @@ class OrderStats:
             metrics[f"{prefix}/false_negative_rate"] = counts["false_pairs"] / counts["negative_pairs"]
         if interleaved:
             metrics[f"{prefix}/crowded_requests"] = counts["crowded"]
-        if counts["skipped_requests"]:
-            metrics[f"{prefix}/skipped_requests"] = counts["skipped_requests"]
         return metrics

@@ -140,7 +140,7 @@ class RunLogger:
     """Writes to one run. Methods do nothing where tracking is off.
 
     Metrics go out asynchronously; ``flush`` waits for them. A step that the run has already (steps replayed
-    after a restart) is not logged twice.
+    after a restart) is not logged twice, and one that a killed process had under way is logged again.
     """
 
     def __init__(self, handle: RunHandle) -> None:
@@ -148,6 +148,7 @@ class RunLogger:
         self._client = MlflowClient(handle.uri) if handle.uri else None
         self._pending: list[Any] = []
         self._last_step: dict[str, int] = {}
+        self._stored: dict[str, set[int]] = {}  # by runs before this one
 
     def params(self, content: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
         """Logs nested parameters, flattened; a reopened run keeps what it has. Returns those that differ now: name
@@ -175,19 +176,19 @@ class RunLogger:
         entries = [
             Metric(name, float(value), now, step)
             for name, value in values.items()
-            if value is not None and math.isfinite(value) and step > self._logged_until(name)
+            if value is not None and math.isfinite(value) and not self._is_logged(name, step)
         ]
         for entry in entries:
             self._last_step[entry.key] = step
         if entries:
             self._pending.append(self._client.log_batch(self._handle.run_id, metrics=entries, synchronous=False))
 
-    def _logged_until(self, name: str) -> int:
-        if name not in self._last_step:
+    def _is_logged(self, name: str, step: int) -> bool:
+        if name not in self._stored:
             assert self._client is not None
             history = self._client.get_metric_history(self._handle.run_id, name)
-            self._last_step[name] = max((point.step for point in history), default=-1)
-        return self._last_step[name]
+            self._stored[name] = {point.step for point in history}
+        return step <= self._last_step.get(name, -1) or step in self._stored[name]
 
     def text(self, content: str, path: str) -> None:
         """Stores a text artifact."""

@@ -260,9 +260,18 @@ class Worker:
                 self.report({}, self.position_of(epoch, step))
         if losses:
             self.log_window(epoch, losses, window, window_throughput, order)
-        metrics = epoch_throughput.over_ranks(self.device, "epoch")
+        metrics = epoch_throughput.over_ranks(self.device, "epoch") | self.skipped(stream)
         counted = self.trained.over_ranks(self.device)
         return metrics | {f"epoch/{name}": float(counted[name]) for name in ("requests", "impressions")}
+
+    def skipped(self, stream: RankStream) -> dict[str, float]:
+        """What ``ingest.on_bad_shard: skip`` has passed over so far, where it has (collective)."""
+        total = torch.tensor([stream.skipped_requests], device=self.device)
+        dist.all_reduce(total)
+        if not int(total):
+            return {}
+        self.say(f"{int(total):,} requests of shards that cannot be read were skipped so far (ingest.on_bad_shard)")
+        return {"epoch/skipped_requests": float(total)}
 
     def position_of(self, epoch: int, step: Step) -> Position:
         """The run's position after a step, from all ranks' lanes (collective)."""

@@ -203,6 +203,16 @@ def test_threads_end(data: tuple[StreamSettings, list[Row]]) -> None:
     assert readers() <= before
 
 
+def test_skipped_shards_are_counted_also_where_windows_become_empty(tmp_path: Path) -> None:
+    how, shard = lose_a_shard(tmp_path, "thread")
+    shard.unlink()
+    how = replace(how, ingest=how.ingest.model_copy(update={"on_bad_shard": "skip"}))
+    stream = RankStream(how, 0, 1)
+    steps = take_epoch([stream], 0)
+    assert sum(step.requests for (step,) in steps) == 20
+    assert stream.skipped_requests == 10
+
+
 def test_more_ranks_than_lanes_are_refused(data: tuple[StreamSettings, list[Row]]) -> None:
     with pytest.raises(ConfigError, match="5 workers share 4 lanes"):
         RankStream(data[0], 0, 5)
