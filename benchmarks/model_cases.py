@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import statistics
 import sys
 import time
@@ -20,6 +21,7 @@ from roo_ray.ingest.batch import Jagged, RequestBatch
 from roo_ray.schema import Schema, parse_schema
 
 warnings.filterwarnings("ignore")  # TorchRec's own, on every construction
+logging.disable(logging.WARNING)
 
 ITEMS, TOPICS, COUNTRIES = 100_000, 100, 64
 

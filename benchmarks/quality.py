@@ -190,14 +190,14 @@ def main() -> None:
     """Trains and compares."""
     parser = arguments("Quality of the models on a planted log")
     parser.add_argument("--kinds", default=",".join(RANKING))
-    parser.add_argument("--requests", type=int, default=200_000, help="trained on, one pass")
+    parser.add_argument("--requests", type=int, default=60_000, help="trained on, one pass")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--compare-requests", type=int, default=30_000, help="of the ROO / impression-level runs")
     parser.add_argument("--compare-kind", default="hstu")
     options = parser.parse_args()
     if options.quick:
         options.requests, options.compare_requests, options.seeds = 20_000, 5_000, 2
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # two would wait for each other on tensors of this size
     slice_size = 5_000
     source = SyntheticSource(
         kind="synthetic",

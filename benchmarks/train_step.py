@@ -162,8 +162,8 @@ def main() -> None:
     parser.add_argument("--kinds", default=",".join(ARCHITECTURES))
     parser.add_argument("--history", help="default 0,50,200; on a GPU to 4000")
     parser.add_argument("--impressions", default="1,2,5,10,20")
-    parser.add_argument("--batch", type=int, default=320, help="impressions in a batch")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=640, help="impressions in a batch")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--plot", type=Path, help="write a picture")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -172,7 +172,7 @@ def main() -> None:
     histories = [int(x) for x in (options.history or default).split(",")]
     counts = [int(x) for x in options.impressions.split(",")]
     if options.quick:
-        histories, counts, options.batch, options.rounds = histories[-1:], [1, 10], 80, 2
+        histories, counts, options.batch, options.rounds = histories[-1:], [1, 10], 320, 2
     rows, missed = [], []
     with tempfile.TemporaryDirectory() as folder:
         backend = "gloo" if device.type == "cpu" else "nccl"

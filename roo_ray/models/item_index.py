@@ -88,7 +88,7 @@ class RetrievalEvaluation:
         return self.compute(self.index()) if self._users else {}
 
     def compute(self, index: ItemIndex, at: Sequence[int] = (10, 50, 100)) -> dict[str, float]:
-        """``recall@k`` over all ranks, for each k, and the requests and items it is measured on (collective)."""
+        """``recall_at_k`` over all ranks, for each k, and the requests and items it is measured on (collective)."""
         positives = Jagged.concat(self._positives)
         asked = positives.lengths > 0
         found = index.search(torch.cat(self._users)[asked], max(at))  # (B, k)
@@ -100,5 +100,5 @@ class RetrievalEvaluation:
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(sums)
         *recalls, requests = sums.tolist()
-        values = {f"recall@{k}": recall / max(requests, 1.0) for k, recall in zip(at, recalls, strict=True)}
+        values = {f"recall_at_{k}": recall / max(requests, 1.0) for k, recall in zip(at, recalls, strict=True)}
         return values | {"requests_with_positive": requests, "items": float(len(index.ids))}

@@ -4,6 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("no deadline", deadline=None)  # a loaded machine is no failure
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="package", autouse=True)

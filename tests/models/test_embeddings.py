@@ -10,7 +10,7 @@ from roo_ray.ingest.batch import impression_id_keys, request_id_keys
 from roo_ray.models.contract import ModelInputs, UserState, fan_out
 from roo_ray.models.embeddings import EmbeddingLookup, lookup_features, model_inputs
 from roo_ray.models.initialise import initialise_tables
-from roo_ray.models.jagged import segment_last, segment_mean, segment_sum, sum_lengths
+from roo_ray.models.jagged import segment_last, segment_mean, segment_softmax, segment_sum, sum_lengths
 from roo_ray.schema import parse_schema
 from tests.models.batches import SCHEMA as YAML
 from tests.models.batches import random_batch, schema
@@ -101,3 +101,16 @@ def test_fan_out_of_a_state_is_that_of_its_vectors() -> None:
     for name, vector in state.vectors.items():
         assert torch.equal(spread.vectors[name], vector[[0, 0, 1, 2, 2, 2]])
         assert torch.equal(fan_out(vector, counts), vector[[0, 0, 1, 2, 2, 2]])
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=6))
+def test_softmax_within_segments(lengths: list[int]) -> None:
+    scores = 5 * torch.randn(sum(lengths), requires_grad=True)
+    ours = segment_softmax(scores, torch.tensor(lengths))
+    expected = torch.cat([torch.zeros(0), *(part.softmax(0) for part in scores.split(lengths))])
+    torch.testing.assert_close(ours, expected)
+    weight = torch.randn(sum(lengths))
+    (one,) = torch.autograd.grad((ours * weight).sum(), [scores])
+    if lengths and sum(lengths):
+        (other,) = torch.autograd.grad((expected * weight).sum(), [scores])
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

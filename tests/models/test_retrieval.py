@@ -146,8 +146,8 @@ def test_recall_equals_loop() -> None:
             start += count
     values = evaluation.compute(index, at=[5])
     assert values["requests_with_positive"] == len(recalls) > 0
-    assert math.isclose(values["recall@5"], sum(recalls) / len(recalls), rel_tol=1e-9)
-    assert 0 < values["recall@5"] < 1
+    assert math.isclose(values["recall_at_5"], sum(recalls) / len(recalls), rel_tol=1e-9)
+    assert 0 < values["recall_at_5"] < 1
 
 
 def test_what_retrieval_needs_of_a_schema() -> None:

@@ -1,0 +1,60 @@
+"""Random choices: their distribution, and what they depend on."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from roo_ray.models.keyed_random import KeyedDropout, combine_keys, token_keys, uniform
+from roo_ray.models.stochastic_length import StochasticLength
+from tests.models.batches import random_batch, schema
+
+SCHEMA = schema()
+
+
+def test_draws_look_uniform_and_unrelated() -> None:
+    draws = uniform(12345, torch.arange(4000), 16).double()
+    assert abs(float(draws.mean()) - 0.5) < 0.005
+    counts = torch.histc(draws.float(), bins=20, min=0, max=1) / draws.numel()
+    assert float((counts - 0.05).abs().max()) < 0.004
+    assert float((torch.corrcoef(draws.T) - torch.eye(16)).abs().max()) < 0.1
+    assert len(combine_keys(torch.arange(100).repeat(100), torch.arange(100).repeat_interleave(100)).unique()) == 10_000
+
+
+def test_dropout_keeps_the_mean_and_its_rows_mask() -> None:
+    dropout = KeyedDropout(0.25, "here")
+    keys = torch.arange(2000)
+    out = dropout(torch.ones(2000, 8), keys)
+    assert set(out.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert abs(float(out.mean()) - 1) < 0.02
+    assert torch.equal(dropout(torch.ones(2, 8), keys[[7, 3]]), out[[7, 3]])
+    assert not torch.equal(KeyedDropout(0.25, "there")(torch.ones(2000, 8), keys), out)
+    assert torch.equal(dropout.eval()(out, keys), out)
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=6), st.integers(0, 1000))
+def test_histories_are_kept_whole_or_cut_to_the_short_length(lengths: list[int], seed: int) -> None:
+    batch = random_batch(SCHEMA, [1] * len(lengths), seed, history_lengths=lengths)
+    cut = StochasticLength(SCHEMA, 1.2)(batch)
+    short = round(12 ** (1.2 / 2))
+    key = "history.history_item"
+    before, after = batch.request_ids[key], cut.request_ids[key]
+    parts, left = before.values.split(before.lengths.tolist()), after.values.split(after.lengths.tolist())
+    times = cut.sequence_time["history"].split(after.lengths.tolist())
+    for whole, kept, time in zip(parts, left, times, strict=True):
+        assert len(kept) in {len(whole), min(short, len(whole))}
+        assert bool((time.diff() >= 0).all())  # the order of events is kept
+        if len(kept) == len(whole):
+            assert torch.equal(kept, whole)
+    assert len(cut.sequence_dense["history"]) == len(after.values)
+    assert torch.equal(cut.request_ids["history.history_topic"].lengths, after.lengths)
+
+
+def test_long_histories_are_kept_whole_as_often_as_published() -> None:
+    shorten = StochasticLength(SCHEMA, 1.2)
+    lengths = torch.full((4000,), 12)
+    kept = shorten.kept_events(torch.arange(4000), lengths, 4).view(4000, 12)
+    whole = kept.all(dim=1)
+    assert abs(float(whole.float().mean()) - (4 / 12) ** 2) < 0.02
+    places = kept[~whole].float().mean(0)  # every place is as likely to be kept
+    assert float((places - 4 / 12).abs().max()) < 0.04
+    assert len(token_keys(torch.arange(4000), lengths).unique()) == 48_000
