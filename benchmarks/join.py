@@ -28,9 +28,9 @@ import pyarrow.dataset as ds
 
 from benchmarks.join_engines import ENGINES
 from benchmarks.join_log import schema, write_log
-from roo_ray.requests.compare import digest_rows
 from roo_ray.requests.grouping import request_row_schema
-from roo_ray.requests.hashing import mix64
+from roo_ray.sources.compare import digest_rows
+from roo_ray.sources.hashing import mix64
 
 ROWS = {"full": 2_000_000, "quick": 200_000, "large": 20_000_000}
 AGAINST_SPARK, AGAINST_BEST = 3.0, 1.5

@@ -91,8 +91,9 @@ def roo_join(log: str, **build: Any) -> Callable[[str], None]:
     from contextlib import ExitStack
 
     from roo_ray import session
-    from roo_ray.config import Build, Config, ImpressionSource, RaySettings
+    from roo_ray.config import Build, Config, RaySettings
     from roo_ray.requests.join import build_requests
+    from roo_ray.source_config import ImpressionSource
 
     stack = ExitStack()
     store = build.pop("object_store_bytes", 1_000_000_000)

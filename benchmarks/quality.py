@@ -24,13 +24,14 @@ import torch
 import torch.distributed as dist
 from model_cases import arguments, finish, table
 
-from roo_ray.config import Model, SyntheticSource, Training
+from roo_ray.config import Model, Training
 from roo_ray.ingest.batch import Jagged, RequestBatch
 from roo_ray.metrics.collection import RankingMetrics
 from roo_ray.models.keyed_random import set_epoch
 from roo_ray.models.objective import training_loss
 from roo_ray.models.ranking import RankingModel
 from roo_ray.schema import Schema, parse_schema
+from roo_ray.source_config import SyntheticSource
 from roo_ray.sources.synthetic_slice import make_slice
 from roo_ray.training.sharding import shard
 

@@ -25,17 +25,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from roo_ray import session
-from roo_ray.config import Build, Config, EbnerdSource, ImpressionSource, RaySettings, SyntheticSource
+from roo_ray.config import Build, Config, RaySettings
 from roo_ray.requests.examine import examine
 from roo_ray.requests.grouping import explode_requests
 from roo_ray.requests.join import build_requests
 from roo_ray.requests.ledger import files_table, ledger_table
 from roo_ray.requests.manifest import Manifest
-from roo_ray.requests.times import day_name, epoch_seconds, utc_days
 from roo_ray.schema import Schema, load_schema
+from roo_ray.source_config import EbnerdSource, ImpressionSource, SyntheticSource
 from roo_ray.sources import open_source
 from roo_ray.sources.base import read
 from roo_ray.sources.synthetic import generate
+from roo_ray.sources.times import day_name, epoch_seconds, utc_days
 from roo_ray.terminal import human_bytes, print_table
 
 ROOT = Path(__file__).parents[1]

@@ -10,8 +10,8 @@ import shutil
 import time
 from pathlib import Path
 
-from roo_ray.config import home
 from roo_ray.errors import ConfigError
+from roo_ray.source_config import home
 from roo_ray.terminal import human_bytes, job_parser, print_table, read_config, run_job
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from roo_ray.config import RaySettings, resolve_path
+from roo_ray.config import RaySettings
 from roo_ray.errors import ConfigError
+from roo_ray.source_config import resolve_path
 from roo_ray.terminal import human_bytes, print_table, read_config, run_job
 
 

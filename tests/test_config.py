@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from roo_ray.config import home, load_config, resolve_path
+from roo_ray.config import load_config
 from roo_ray.errors import ConfigError
+from roo_ray.source_config import home, resolve_path
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from roo_ray.requests.hashing import mix64
+from roo_ray.sources.hashing import mix64
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

@@ -19,13 +19,13 @@ import pyarrow.parquet as pq
 from roo_ray.errors import DataError
 from roo_ray.ingest.plan import UnitRef
 from roo_ray.ingest.read import NUM_IMPRESSIONS, BadShard
-from roo_ray.requests.compare import differing_rows, sort_codes
-from roo_ray.requests.hashing import Hashes, hash_rows
 from roo_ray.requests.manifest import Manifest, ShardFile, Unit, manifest_versions, publish_manifest
-from roo_ray.requests.times import day_name, epoch_seconds, utc_days
 from roo_ray.schema import Schema
 from roo_ray.sources.base import ParquetInput, common_schema, open_parquet, plain_type, read_footers
 from roo_ray.sources.columns import as_array, list_parts, offsets_of
+from roo_ray.sources.compare import differing_rows, sort_codes
+from roo_ray.sources.hashing import Hashes, hash_rows
+from roo_ray.sources.times import day_name, epoch_seconds, utc_days
 from roo_ray.storage import open_filesystem
 
 THREADS = 8

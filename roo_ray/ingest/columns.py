@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from roo_ray.errors import DataError
-from roo_ray.requests.hashing import hash_array
-from roo_ray.requests.times import epoch_seconds
 from roo_ray.schema import Table
+from roo_ray.sources.hashing import hash_array
+from roo_ray.sources.times import epoch_seconds
 
 Where = Callable[[int], str]
 Integers = npt.NDArray[np.int64]

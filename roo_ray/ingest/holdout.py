@@ -14,9 +14,9 @@ from roo_ray.errors import DataError
 from roo_ray.ingest.clustered import MIXED_DAYS
 from roo_ray.ingest.plan import Side, units_of
 from roo_ray.ingest.rows import read_requests
-from roo_ray.requests.hashing import Hashes, hash_rows, mix64
 from roo_ray.requests.manifest import Manifest, ShardFile
 from roo_ray.schema import Schema
+from roo_ray.sources.hashing import Hashes, hash_rows, mix64
 
 # Buckets of build tasks come from the same key hash; without a salt a holdout could coincide with buckets.
 _SALT = np.uint64(0x5EED_0F_401D_0007)

@@ -21,9 +21,9 @@ import numpy.typing as npt
 
 from roo_ray.config import Holdout, Ingest
 from roo_ray.errors import ConfigError, DataError
-from roo_ray.requests.hashing import mix64
 from roo_ray.requests.manifest import Manifest, ShardFile
 from roo_ray.schema import Schema
+from roo_ray.sources.hashing import mix64
 
 Mode = Literal["shuffled", "time", "sequential"]
 Side = Literal["train", "evaluation"]

@@ -20,8 +20,8 @@ from roo_ray.ingest.lists import Lists, ranges, split_lists
 from roo_ray.ingest.plan import Side, Window, permutation
 from roo_ray.ingest.read import NUM_IMPRESSIONS
 from roo_ray.ingest.rows import read_requests
-from roo_ray.requests.hashing import hash_array, hash_rows
 from roo_ray.schema import Schema
+from roo_ray.sources.hashing import hash_array, hash_rows
 
 Integers = npt.NDArray[np.int64]
 

@@ -8,9 +8,9 @@ import pyarrow as pa
 
 from roo_ray.errors import DataError
 from roo_ray.requests.grouping import NUM_IMPRESSIONS
-from roo_ray.requests.times import is_time_type
 from roo_ray.schema import Schema
 from roo_ray.sources.columns import is_list
+from roo_ray.sources.times import is_time_type
 
 Test = Callable[[pa.DataType], bool]
 

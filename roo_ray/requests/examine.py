@@ -15,15 +15,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from roo_ray.config import Build
-from roo_ray.requests.compare import Mask, same_as_previous, sort_codes
 from roo_ray.requests.grouping import NUM_IMPRESSIONS, group_with_findings, require_keys, short
 from roo_ray.requests.notes import BrokenRows, Leaves, Notes
 from roo_ray.requests.report import COUNT, FAIL, Finding, counts_of, require_passed
-from roo_ray.requests.times import Seconds, epoch_seconds
 from roo_ray.schema import Feature, Schema
 from roo_ray.schema import Table as IdTable
 from roo_ray.sources.base import RowKind
 from roo_ray.sources.columns import as_array, list_parts, offsets_of
+from roo_ray.sources.compare import Mask, same_as_previous, sort_codes
+from roo_ray.sources.times import Seconds, epoch_seconds
 
 
 def examine(table: pa.Table, schema: Schema, kind: RowKind, build: Build) -> tuple[pa.Table, list[Finding]]:

@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from roo_ray.config import Build
 from roo_ray.errors import DataError
-from roo_ray.requests.compare import Ints
-from roo_ray.requests.hashing import Hashes
+from roo_ray.sources.compare import Ints
+from roo_ray.sources.hashing import Hashes
 
 DAY_BITS = SLOT_BITS = 16
 CUT_BITS = 32

@@ -14,10 +14,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from roo_ray.errors import DataError
-from roo_ray.requests.compare import Ints, Mask, differing_rows, digest_rows, same_as_previous, sort_codes
 from roo_ray.requests.report import FAIL, Finding, require_passed
 from roo_ray.schema import Schema
 from roo_ray.sources.columns import as_array, list_parts, offsets_of, take_rows
+from roo_ray.sources.compare import Ints, Mask, differing_rows, digest_rows, same_as_previous, sort_codes
 
 NUM_IMPRESSIONS = "num_impressions"
 OnConflict = Literal["fail", "first", "last", "max_time"]

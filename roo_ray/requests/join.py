@@ -55,7 +55,6 @@ from roo_ray.requests.stages import (
 )
 from roo_ray.requests.staging import Runs, pieces_of
 from roo_ray.requests.tasks import Say, run_tasks
-from roo_ray.requests.times import day_name
 from roo_ray.requests.uniqueness import refuse_repeated_keys, repeated_hashes
 from roo_ray.requests.versions import (
     STAGING,
@@ -68,6 +67,7 @@ from roo_ray.requests.versions import (
 )
 from roo_ray.sources import open_source
 from roo_ray.sources.base import JoinedSource, KeyedSource, ReadUnit
+from roo_ray.sources.times import day_name
 from roo_ray.storage import join_path, open_filesystem, without_secrets
 
 MOST_BUCKETS = 4096

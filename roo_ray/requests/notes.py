@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from roo_ray.requests.compare import Mask
 from roo_ray.requests.grouping import describe_key, short
 from roo_ray.requests.report import FAIL, Finding
 from roo_ray.schema import Schema
 from roo_ray.sources.columns import as_array, is_list, list_parts
+from roo_ray.sources.compare import Mask
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from roo_ray.errors import DataError
-from roo_ray.requests.compare import Ints, differing_rows, same_as_previous, sort_codes
 from roo_ray.requests.grouping import describe_key, short
-from roo_ray.requests.hashing import Hashes, hash_rows
 from roo_ray.sources.base import (
     ParquetInput,
     ReadUnit,
@@ -34,6 +32,8 @@ from roo_ray.sources.base import (
     to_plain,
 )
 from roo_ray.sources.columns import as_array
+from roo_ray.sources.compare import Ints, differing_rows, same_as_previous, sort_codes
+from roo_ray.sources.hashing import Hashes, hash_rows
 
 SAMPLE_BYTES = 400_000_000
 THREADS = max(2, min(8, os.cpu_count() or 2))

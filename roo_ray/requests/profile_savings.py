@@ -17,9 +17,9 @@ from roo_ray.requests.profile import ImpressionTable, Sample, Use
 from roo_ray.requests.profile_cost import StepCost, predict
 from roo_ray.requests.profile_schema import level_of
 from roo_ray.requests.shards import SAMPLE_ROWS, WriteOptions, choose_encodings, column_bytes, order_for_shards
-from roo_ray.requests.times import epoch_seconds
 from roo_ray.schema import Schema
 from roo_ray.sources.columns import as_array, list_parts
+from roo_ray.sources.times import epoch_seconds
 from roo_ray.terminal import human_bytes
 
 OPTIONS = WriteOptions(row_group_requests=1024, compression_level=3)

@@ -17,11 +17,11 @@ import pyarrow.compute as pc
 import yaml
 
 from roo_ray.errors import DataError
-from roo_ray.requests.compare import sort_codes
 from roo_ray.requests.profile import ColumnUse, Use
-from roo_ray.requests.times import epoch_seconds, is_time_type
 from roo_ray.schema import Schema, parse_schema
 from roo_ray.sources.columns import as_array, list_parts
+from roo_ray.sources.compare import sort_codes
+from roo_ray.sources.times import epoch_seconds, is_time_type
 
 RARELY = 0.01  # a column that varies in fewer requests is still taken as request-level
 MOST_HISTORY = 1000

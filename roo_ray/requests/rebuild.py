@@ -15,8 +15,8 @@ from roo_ray.errors import DataError
 from roo_ray.requests.accounts import Accounts, impressions_by_day
 from roo_ray.requests.exchange import DAY_BITS, Exchange, Shard
 from roo_ray.requests.manifest import Manifest, ShardFile, load_manifest, manifest_versions
-from roo_ray.requests.times import day_name
 from roo_ray.schema import Schema
+from roo_ray.sources.times import day_name
 
 CODE_BITS = 64 - DAY_BITS  # of a bucket's start within its day
 GROWTH = 2.0

@@ -22,13 +22,13 @@ import pyarrow.parquet as pq
 
 from roo_ray.config import Build
 from roo_ray.errors import DataError
-from roo_ray.requests.compare import Ints, sort_codes
 from roo_ray.requests.grouping import NUM_IMPRESSIONS
 from roo_ray.requests.manifest import ShardFile, Unit
-from roo_ray.requests.times import Seconds, day_name, epoch_seconds, utc_days
 from roo_ray.schema import Schema
 from roo_ray.sources.base import leaf_columns
 from roo_ray.sources.columns import as_array, is_list, list_parts
+from roo_ray.sources.compare import Ints, sort_codes
+from roo_ray.sources.times import Seconds, day_name, epoch_seconds, utc_days
 from roo_ray.storage import join_path, open_filesystem
 
 DATA = "data"

@@ -19,21 +19,21 @@ import pyarrow.parquet as pq
 
 from roo_ray.config import Build
 from roo_ray.errors import DataError, RooError
-from roo_ray.requests.compare import Ints, Mask
 from roo_ray.requests.examine import examine_requests
 from roo_ray.requests.exchange import Exchange, Shard, Survey, add_surveys, survey_rows
 from roo_ray.requests.grouping import NUM_IMPRESSIONS, group_parts, require_keys, share_copies
-from roo_ray.requests.hashing import Hashes, hash_array, hash_rows
 from roo_ray.requests.ledger import Sizes, add_sizes, measure_bucket
 from roo_ray.requests.manifest import ShardFile
 from roo_ray.requests.report import FAIL, Finding, merge_findings, stops_writing
 from roo_ray.requests.shards import WriteOptions, write_options, write_shards, write_whole
 from roo_ray.requests.staging import BATCH_ROWS, Codec, Piece, Runs, StagingWriter, read_pieces, read_staged
-from roo_ray.requests.times import epoch_seconds, utc_days
 from roo_ray.requests.uniqueness import ranges_for, stage_hashes
 from roo_ray.schema import Schema
 from roo_ray.sources.base import JoinedSource, KeyedSource, ReadUnit, RowKind, Source
 from roo_ray.sources.columns import as_array, list_parts
+from roo_ray.sources.compare import Ints, Mask
+from roo_ray.sources.hashing import Hashes, hash_array, hash_rows
+from roo_ray.sources.times import epoch_seconds, utc_days
 from roo_ray.storage import open_filesystem
 
 COPY_OF = "_copy_of"

@@ -18,7 +18,7 @@ import pyarrow.fs as pafs
 import pyarrow.ipc as ipc
 
 from roo_ray.errors import RooError
-from roo_ray.requests.compare import Ints
+from roo_ray.sources.compare import Ints
 from roo_ray.storage import open_filesystem
 
 BATCH_ROWS = 65_536

@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 
 from roo_ray.errors import DataError
 from roo_ray.requests.grouping import describe_key
-from roo_ray.requests.hashing import Hashes, hash_rows
 from roo_ray.requests.manifest import ShardFile
 from roo_ray.requests.staging import Piece, Runs, StagingWriter, read_pieces
 from roo_ray.schema import Schema
+from roo_ray.sources.hashing import Hashes, hash_rows
 from roo_ray.storage import open_filesystem
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from roo_ray.config import (
+from roo_ray.schema import Schema
+from roo_ray.source_config import (
     EbnerdSource,
     EventLogsSource,
     ImpressionSource,
@@ -12,7 +13,6 @@ from roo_ray.config import (
     Source,
     SyntheticSource,
 )
-from roo_ray.schema import Schema
 from roo_ray.sources.base import Source as RowSource
 from roo_ray.sources.ebnerd import open_ebnerd
 from roo_ray.sources.event_logs import open_event_logs

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from roo_ray.config import Attribution
 from roo_ray.errors import DataError
+from roo_ray.source_config import Attribution
 from roo_ray.sources.base import Assembled
 from roo_ray.sources.columns import as_array, offsets_of
 from roo_ray.sources.compare import Ints, Mask, digest_rows, sort_codes

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from roo_ray.config import EventFiles, EventLogsSource, LogFiles
 from roo_ray.errors import ConfigError, DataError
 from roo_ray.schema import Schema
+from roo_ray.source_config import EventFiles, EventLogsSource, LogFiles
 from roo_ray.sources.attribution import (
     EVENT_TIME,
     EVENT_VALUE,

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from roo_ray.config import KuairandSource
 from roo_ray.errors import ConfigError, DataError
 from roo_ray.schema import Schema
+from roo_ray.source_config import KuairandSource
 from roo_ray.sources.base import Assembled, Log, ReadUnit
 from roo_ray.sources.columns import as_array, list_parts, offsets_of
 from roo_ray.sources.compare import Ints

@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from roo_ray.config import MindSource
 from roo_ray.errors import ConfigError, DataError
 from roo_ray.schema import Schema
+from roo_ray.source_config import MindSource
 from roo_ray.sources.base import Assembled, Log, ReadUnit
 from roo_ray.sources.columns import as_array, list_parts, offsets_of
 from roo_ray.sources.keys import first_of_each, name_of_difference, shared_ids

@@ -8,9 +8,9 @@ from functools import partial
 
 import pyarrow as pa
 
-from roo_ray.config import PositivesList, RequestRowsSource
 from roo_ray.errors import ConfigError, DataError
 from roo_ray.schema import Schema
+from roo_ray.source_config import PositivesList, RequestRowsSource
 from roo_ray.sources.base import ReadUnit, codecs, common_schema, make_units, read_footers, stream_unit, to_plain
 from roo_ray.sources.columns import as_array, is_list
 from roo_ray.sources.keys import describe_row

@@ -23,9 +23,9 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from roo_ray.config import SyntheticSource
 from roo_ray.errors import BadInput, DataError, RooError
 from roo_ray.schema import Strict
+from roo_ray.source_config import SyntheticSource
 from roo_ray.sources.planted import Floats
 from roo_ray.sources.synthetic_slice import (
     bias_of,

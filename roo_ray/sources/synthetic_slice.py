@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from roo_ray.config import SyntheticSource
 from roo_ray.errors import BadInput
+from roo_ray.source_config import SyntheticSource
 from roo_ray.sources import planted
 from roo_ray.sources.planted import Catalogue, Floats, Histories, Ints, Profiles
 

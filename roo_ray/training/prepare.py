@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 
 from roo_ray import session
-from roo_ray.config import Config, SyntheticSource
+from roo_ray.config import Config
 from roo_ray.errors import ConfigError
 from roo_ray.requests.join import build_requests
 from roo_ray.requests.ledger import ledger_metrics
 from roo_ray.requests.manifest import Manifest
 from roo_ray.requests.report import CheckFailed, report_json
+from roo_ray.source_config import SyntheticSource
 from roo_ray.sources.synthetic import generate
 from roo_ray.training.progress import Say
 from roo_ray.training.tracking import RunHandle, RunLogger, open_run

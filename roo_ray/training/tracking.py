@@ -26,8 +26,9 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from roo_ray.config import Tracking, home
+from roo_ray.config import Tracking
 from roo_ray.errors import ClusterError, ConfigError
+from roo_ray.source_config import home
 
 RUN_KEY_TAG = "roo_ray.run"
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # its notes on creating tables

@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from roo_ray.requests.hashing import hash_array, hash_rows
 from roo_ray.requests.manifest import Manifest, ShardFile, Unit, manifest_versions, publish_manifest
 from roo_ray.schema import Feature, Schema, parse_schema
+from roo_ray.sources.hashing import hash_array, hash_rows
 
 SCHEMA = """
 name: ingest-test

@@ -25,8 +25,8 @@ from roo_ray.ingest.plan import (
     unit_costs,
     units_of,
 )
-from roo_ray.requests.hashing import mix64
 from roo_ray.requests.manifest import Manifest, ShardFile, Unit
+from roo_ray.sources.hashing import mix64
 from tests.ingest import shard_maker
 from tests.ingest.shard_maker import random_rows, write_data_set
 

@@ -9,14 +9,14 @@ import pyarrow as pa
 
 from roo_ray.config import Build
 from roo_ray.requests.accounts import day_accounts, total_counts, total_ledger
-from roo_ray.requests.compare import sort_codes
 from roo_ray.requests.examine import check_requests
 from roo_ray.requests.grouping import group_impressions
 from roo_ray.requests.ledger import measure_bucket
 from roo_ray.requests.manifest import Manifest, publish_manifest
 from roo_ray.requests.shards import read_row_group, write_options, write_shards
-from roo_ray.requests.times import day_name, epoch_seconds, utc_days
 from roo_ray.schema import Schema
+from roo_ray.sources.compare import sort_codes
+from roo_ray.sources.times import day_name, epoch_seconds, utc_days
 
 OPTIONS = write_options(Build(row_group_requests=2))
 

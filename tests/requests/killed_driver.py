@@ -10,8 +10,9 @@ import sys
 import time
 
 from roo_ray import session
-from roo_ray.config import Build, Config, ImpressionSource, RaySettings
+from roo_ray.config import Build, Config, RaySettings
 from roo_ray.requests.join import build_requests
+from roo_ray.source_config import ImpressionSource
 from tests.requests.tables import small_schema
 
 WAITING = "waiting to be killed"

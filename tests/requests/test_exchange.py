@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from roo_ray.config import Build
 from roo_ray.errors import DataError
 from roo_ray.requests.exchange import Exchange, Survey, add_surveys, plan_exchange, survey_rows
-from roo_ray.requests.hashing import mix64
+from roo_ray.sources.hashing import mix64
 
 
 def log_of(seed: int, requests: int, users: int, days: int, heavy: float = 0.0) -> tuple[Any, Any, Any]:

@@ -11,8 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roo_ray.errors import DataError
-from roo_ray.requests import compare
-from roo_ray.requests.compare import differing_rows, digest_rows, sort_codes
 from roo_ray.requests.grouping import (
     explode_in_slices,
     explode_requests,
@@ -22,9 +20,11 @@ from roo_ray.requests.grouping import (
     request_row_schema,
     share_copies,
 )
-from roo_ray.requests.hashing import hash_rows
 from roo_ray.requests.report import counts_of
 from roo_ray.schema import parse_schema
+from roo_ray.sources import compare
+from roo_ray.sources.compare import differing_rows, digest_rows, sort_codes
+from roo_ray.sources.hashing import hash_rows
 from tests.requests.tables import (
     TYPES,
     canonical,

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from roo_ray.config import Build, Config, EbnerdSource, ImpressionSource, load_config
+from roo_ray.config import Build, Config, load_config
 from roo_ray.errors import BadInput, ConfigError, DataError
 from roo_ray.requests import join
 from roo_ray.requests.grouping import explode_requests, group_impressions
@@ -19,6 +19,7 @@ from roo_ray.requests.join import build_requests
 from roo_ray.requests.ledger import ledger_metrics
 from roo_ray.requests.manifest import Manifest, load_manifest
 from roo_ray.requests.shards import read_row_group
+from roo_ray.source_config import EbnerdSource, ImpressionSource
 from tests.requests.tables import Row, canonical, impression_row, request_row, small_schema, table_of
 
 ROOT = Path(__file__).parents[2]

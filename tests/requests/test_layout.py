@@ -11,7 +11,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from roo_ray.config import Build, Config, ImpressionSource
+from roo_ray.config import Build, Config
 from roo_ray.errors import DataError
 from roo_ray.ingest.plan import units_of
 from roo_ray.ingest.read import UnitReader
@@ -20,6 +20,7 @@ from roo_ray.requests.grouping import explode_requests
 from roo_ray.requests.join import build_requests
 from roo_ray.requests.manifest import Manifest, load_manifest, publish_manifest
 from roo_ray.requests.shards import read_row_group
+from roo_ray.source_config import ImpressionSource
 from roo_ray.sources.impressions import open_impressions
 from tests.requests.sources import KillsWorker, TwoLogs
 from tests.requests.tables import TYPES, Row, canonical, impression_row, request_row, small_schema, table_of

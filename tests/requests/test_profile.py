@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from roo_ray.config import Build, EbnerdSource, Model, SyntheticSource
+from roo_ray.config import Build, Model
 from roo_ray.errors import EXIT_BAD_INPUT, DataError
 from roo_ray.requests.examine import check_requests, examine
 from roo_ray.requests.grouping import explode_requests, group_impressions
@@ -24,6 +24,7 @@ from roo_ray.requests.profile_cost import predict
 from roo_ray.requests.profile_savings import predict_savings
 from roo_ray.requests.profile_schema import Roles, suggest_schema
 from roo_ray.schema import Schema, load_schema, parse_schema
+from roo_ray.source_config import EbnerdSource, SyntheticSource
 from roo_ray.sources import open_source
 from roo_ray.sources.base import read
 from roo_ray.sources.synthetic_slice import make_slice

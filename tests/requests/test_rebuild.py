@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roo_ray.config import Build, Config, ImpressionSource, load_config
+from roo_ray.config import Build, Config, load_config
 from roo_ray.errors import ConfigError, DataError
 from roo_ray.requests.exchange import plan_exchange, survey_rows
 from roo_ray.requests.forget import forget_users
@@ -20,8 +20,9 @@ from roo_ray.requests.grouping import explode_requests
 from roo_ray.requests.join import build_requests
 from roo_ray.requests.manifest import Manifest, ShardFile, Unit, load_manifest
 from roo_ray.requests.rebuild import exchange_record, merge_files, same_shards
-from roo_ray.requests.times import day_name
 from roo_ray.requests.versions import named_files
+from roo_ray.source_config import ImpressionSource
+from roo_ray.sources.times import day_name
 from tests.requests.data_sets import files_below, read_all
 from tests.requests.tables import START, Row, canonical, impression_row, request_row, small_schema, table_of
 

@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from roo_ray.config import EventLogsSource
 from roo_ray.schema import parse_schema
+from roo_ray.source_config import EventLogsSource
 
 Row = dict[str, Any]
 NOON = datetime.datetime(2024, 3, 1, 12, tzinfo=datetime.timezone.utc)

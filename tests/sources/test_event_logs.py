@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from roo_ray.config import EventLogsSource
 from roo_ray.errors import ConfigError, DataError
 from roo_ray.schema import parse_schema
+from roo_ray.source_config import EventLogsSource
 from roo_ray.sources import open_source
 from roo_ray.sources.base import ReadUnit
 from roo_ray.sources.event_logs import EventLogs

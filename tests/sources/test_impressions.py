@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from roo_ray.config import ImpressionSource
 from roo_ray.errors import DataError
 from roo_ray.schema import parse_schema
+from roo_ray.source_config import ImpressionSource
 from roo_ray.sources import base, open_source
 from roo_ray.sources.base import plain_type, read
 from roo_ray.sources.impressions import ImpressionLog, open_impressions

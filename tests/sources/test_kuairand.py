@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roo_ray.config import KuairandSource, load_config
+from roo_ray.config import load_config
 from roo_ray.errors import ConfigError, DataError
 from roo_ray.schema import Schema
+from roo_ray.source_config import KuairandSource
 from roo_ray.sources import kuairand, open_source, text
 from roo_ray.sources.kuairand import LOG_COLUMNS, USER_COLUMNS, VIDEO_COLUMNS, Kuairand
 from roo_ray.sources.sessions import SessionRules, derive_requests

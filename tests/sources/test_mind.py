@@ -9,9 +9,10 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from roo_ray.config import MindSource, load_config
+from roo_ray.config import load_config
 from roo_ray.errors import ConfigError, DataError
 from roo_ray.schema import Schema
+from roo_ray.source_config import MindSource
 from roo_ray.sources import open_source, text
 from roo_ray.sources.mind import Mind
 from tests.sources.joined import assemble

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from roo_ray.config import RequestRowsSource, load_config
+from roo_ray.config import load_config
 from roo_ray.errors import ConfigError, DataError
 from roo_ray.requests.checks import check_types
+from roo_ray.source_config import RequestRowsSource
 from roo_ray.sources import open_source
 from roo_ray.sources.base import read
 from roo_ray.sources.positives import positives_to_labels

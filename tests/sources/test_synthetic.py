@@ -19,9 +19,9 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import roc_auc_score
 from threadpoolctl import threadpool_limits
 
-from roo_ray.config import SyntheticSource
 from roo_ray.errors import BadInput, DataError, RooError
 from roo_ray.schema import load_schema
+from roo_ray.source_config import SyntheticSource
 from roo_ray.sources import planted
 from roo_ray.sources.synthetic import SUMMARY, entropy, generate, load_summary, require_complete
 from roo_ray.sources.synthetic_slice import (

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from roo_ray.errors import DataError
-from roo_ray.requests.hashing import hash_array, hash_rows
+from roo_ray.sources.hashing import hash_array, hash_rows
 
 
 def test_value_not_width_or_encoding_decides() -> None:

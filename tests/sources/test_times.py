@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roo_ray.errors import DataError
-from roo_ray.requests.times import day_name, epoch_seconds, utc_days
+from roo_ray.sources.times import day_name, epoch_seconds, utc_days
 
 INSTANT = datetime.datetime(2023, 2, 27, 3, 23, 27, tzinfo=datetime.timezone.utc)
 
