@@ -20,12 +20,12 @@ AIM = 2.5
 
 
 def case(rows: int, longest: int, fill: float, device: str) -> dict[str, Any]:
-    """Lengths uniform around ``fill`` of the longest, and two layers' inputs."""
+    """Lengths evenly spread around ``fill`` of the longest, and two layers' inputs."""
     generator = torch.Generator().manual_seed(0)
     low = max(0, round((2 * fill - 1) * longest))
     high = longest if low else round(2 * fill * longest)
-    lengths = torch.randint(low, high + 1, (rows,), generator=generator)
-    lengths[0] = longest
+    lengths = torch.linspace(low, high, rows).round().long()[torch.randperm(rows, generator=generator)]
+    lengths[lengths.argmax()] = longest
     total = int(lengths.sum())
     ages = torch.cat([10 + 60.0 * torch.arange(int(n), 0, -1) for n in lengths])
     inputs = [torch.randn(total, 3 * DIM, generator=generator) for _ in range(LAYERS)]
