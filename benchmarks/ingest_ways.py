@@ -149,7 +149,7 @@ def batch_bytes(batch: RequestBatch) -> int:
 def settings_of(data_set: str, way: Way, lanes: int, batch_impressions: int) -> StreamSettings:
     """Our stream, in the trainer's thread or through Ray Data."""
     reader: Any = "ray_data" if way == "ray_data" else "thread"
-    ingest = Ingest(lanes=lanes, batch_impressions=batch_impressions, window_units=8, reader=reader, prefetch_batches=8)
+    ingest = Ingest(lanes=lanes, batch_impressions=batch_impressions, window_units=4, reader=reader, prefetch_batches=8)
     form: Any = "impression" if way == "exploded" else "request"
     return StreamSettings(
         data_set, 1, schema(), ingest, Holdout(), "train", 0, tuple(range(EPOCHS)), "shuffled", form=form
