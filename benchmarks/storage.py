@@ -63,7 +63,7 @@ def main() -> None:
         with session.connect(RaySettings()):
             figures["synthetic"] = account("synthetic", synthetic_log(folder, 20_000 if options.quick else 200_000))
             if (Path(options.ebnerd) / "behaviors.parquet").is_file():
-                figures["EB-NeRD"] = account("EB-NeRD", ebnerd_log(folder, options.ebnerd))
+                figures["EB-NeRD"] = account("EB-NeRD", ebnerd_log(folder, str(Path(options.ebnerd).absolute())))
             else:
                 print(f"\nEB-NeRD is skipped: no behaviors.parquet in {options.ebnerd} (name its folder with --ebnerd)")
     finally:
