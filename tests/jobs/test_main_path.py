@@ -83,15 +83,15 @@ def test_every_request_is_trained_and_evaluated_once(
 
 
 @pytest.mark.parametrize(
-    "override", ["training.workers=1", "ingest.reader=thread", "training.form=impression"], ids=str
+    "overrides", [("training.workers=1",), ("ingest.reader=thread", "training.form=impression")], ids=str
 )
 def test_same_global_batches_same_curve(
-    override: str, two_workers: tuple[Config, TrainingResult], folder: Path
+    overrides: tuple[str, ...], two_workers: tuple[Config, TrainingResult], folder: Path
 ) -> None:
     """Neither the number of workers, nor the reader, nor the form of the batch changes the training."""
     config, reference = two_workers
-    other = small_config(folder, override)
-    result = train(other, override.replace("=", "-"), quiet)
+    other = small_config(folder, *overrides)
+    result = train(other, overrides[0].replace("=", "-"), quiet)
     expected = curve(config, reference)
     assert len(expected) > 20
     assert curve(other, result) == pytest.approx(expected, rel=2e-4)
