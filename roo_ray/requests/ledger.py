@@ -182,7 +182,7 @@ def build_ledger(
             f"({written}) and scaled by elements (build.ledger: full measures all)"
         )
     if logged is None:
-        how += "; the source has request rows, so that form stands in for impression-level as logged"
+        how += "; the source is no impression table, so that form stands in for impression-level as logged"
     else:
         how += f"; impression-level disk bytes as logged are those of the source's Parquet files ({codec})"
     how += (
