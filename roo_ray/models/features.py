@@ -105,6 +105,15 @@ class Matches(nn.Module):
         self.width = sum(self.candidates[candidate] + 1 for _, candidate in self.pairs)
         self.queries = nn.Linear(user_dim, sum(self.candidates.values())) if self.candidates else None
 
+    @torch.no_grad()
+    def start_as_dots(self, linear: nn.Linear) -> None:
+        """Initialises a linear map of the matches so that it gives the sum of all dot products, unscaled."""
+        linear.weight.zero_()
+        place = -1
+        for _, candidate in self.pairs:
+            place += self.candidates[candidate] + 1
+            linear.weight[:, place] = math.sqrt(self.candidates[candidate])
+
     def user_vectors(self, user: Tensor, interests: dict[str, Tensor]) -> dict[str, Tensor]:
         """What is needed of the user side: user (B_RO, user_dim) -> name -> (B_RO, D)."""
         vectors = {name: interests[name] for name, _ in self.interests}
