@@ -103,14 +103,15 @@ def _places(lengths: Tensor) -> Tensor:
     return torch.arange(int(lengths.sum())) - starts
 
 
-def side_by_side(ways: dict[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, float]:
-    """Median seconds of each way, taken in turns, after one round that is not counted.
+def side_by_side(ways: dict[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Seconds of each way in each round, taken in turns, the order reversed in every other round, after one round
+    that is not counted.
 
-    On CPU the process's own CPU seconds, of one thread: what else the machine does is then no part of them.
+    On CPU the process's own CPU seconds, of one thread: what else the machine does is then hardly a part of them.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
-        for name, way in ways.items():
+        for name, way in list(ways.items())[:: -1 if turn % 2 else 1]:
             if device == "cpu":
                 begin = time.process_time()
                 way()
@@ -123,7 +124,12 @@ def side_by_side(ways: dict[str, Callable[[], Any]], rounds: int, device: str = 
                 taken = time.perf_counter() - begin
             if turn:
                 seconds[name].append(taken)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
+
+
+def times_faster(seconds: dict[str, list[float]], baseline: str, way: str) -> float:
+    """Median over the rounds of how many times faster ``way`` was than ``baseline`` in the same round."""
+    return statistics.median(a / b for a, b in zip(seconds[baseline], seconds[way], strict=True))
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
@@ -154,7 +160,13 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="fewer cases, smaller")
     parser.add_argument("--check", action="store_true", help="exit with 1 where an aim is missed")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--merge", type=Path, nargs="+", help="measure nothing: report on the rows of these JSON files")
     return parser
+
+
+def merged(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """The rows of earlier ``--json`` files."""
+    return [row for path in paths for row in json.loads(path.read_text())["rows"]]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -300,7 +300,9 @@ def _scores(q: Tensor, k: Tensor, first: int, last: int, bias: Tensor, heads: in
     """Scores before SiLU: q, k (H * R, L, d), bias (R, S, last) -> (H * R, S, last)."""
     every = bias.new_empty(heads, *bias.shape)
     every.copy_(bias)
-    return every.view(-1, *bias.shape[1:]).baddbmm_(q[:, first:last], k[:, :last].transpose(1, 2))
+    flat = every.view(-1, *bias.shape[1:])
+    # not baddbmm_, whose operations torch's counter, and so model.cost, would not see
+    return torch.baddbmm(flat, q[:, first:last], k[:, :last].transpose(1, 2), out=flat)
 
 
 def _binned(values: Tensor, bins: Tensor, like: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from roo_ray.config import Config
 from roo_ray.errors import ConfigError, RooError
 from roo_ray.ingest.holdout import check_sides
 from roo_ray.ingest.plan import differences, plan_inputs
+from roo_ray.models.check import check_model
 from roo_ray.models.cost import training_megaflops
 from roo_ray.requests.manifest import Manifest, load_manifest, manifest_versions
 from roo_ray.schema import Schema
@@ -156,6 +157,7 @@ def train(config: Config, run_name: str, say: Say) -> TrainingResult:
     """
     begin = time.perf_counter()
     config = config.model_copy(update={"run_name": run_name})
+    check_model(config.request_schema, config.model, "cuda" if config.training.gpu else "cpu")
     manifest = load_manifest(config.requests, config.requests_version)
     check_schema_fits(config.request_schema, manifest, config.requests)
     check_sides(config.requests, manifest, config.request_schema, config.holdout)

@@ -7,7 +7,7 @@ the device cannot do is refused. Embeddings are updated in backward (fused).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from roo_ray.config import Embeddings, Training
 from roo_ray.errors import ConfigError
+from roo_ray.models.check import refuse_what_cannot_be
 from roo_ray.models.initialise import initialise_tables
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -57,42 +58,6 @@ class TableSharder(EmbeddingCollectionSharder):
         kernels = [EmbeddingComputeKernel.FUSED]
         kernels += [] if compute_device_type == "cpu" else [EmbeddingComputeKernel.FUSED_UVM_CACHING]
         return [kernel.value for kernel in kernels]
-
-
-def refuse_what_cannot_be(embeddings: Embeddings, tables: Iterable[str], device_type: str) -> None:
-    """Raises ConfigError, one line per option of ``model.embeddings`` that the device or the lookup cannot do."""
-    known = set(tables)
-    problems = [
-        f"model.embeddings.{option} names table '{table}', which nothing looks up (there are {sorted(known)})"
-        for option, names in (("sharding", embeddings.sharding), ("uvm", embeddings.uvm))
-        for table in names
-        if table not in known
-    ]
-    problems += [
-        f"model.embeddings.sharding of '{table}' is grid, which shards pooled tables alone; roo_ray looks sequences "
-        "up and pools after it: take row_wise, column_wise or table_wise"
-        for table, kind in embeddings.sharding.items()
-        if kind == "grid"
-    ]
-    if device_type == "cpu":
-        problems += [
-            f"model.embeddings.sharding of '{table}' is data_parallel, whose gradients are wrong on CPU: take "
-            "table_wise"
-            for table, kind in embeddings.sharding.items()
-            if kind == "data_parallel"
-        ]
-        for condition, message in (
-            (embeddings.weights == "bf16", "weights bf16 do not exist on CPU: take fp32 or fp16"),
-            (
-                embeddings.optimizer in ("adam", "lamb"),
-                f"optimizer {embeddings.optimizer} has no fused form on CPU: take rowwise_adagrad, adagrad or sgd",
-            ),
-            (embeddings.index_dedup, "index_dedup has no operator on CPU: set it to false"),
-            (bool(embeddings.uvm), "uvm is host memory beside a GPU: take the tables out of it"),
-        ):
-            problems += [f"model.embeddings.{message}"] if condition else []
-    if problems:
-        raise ConfigError("\n  ".join(problems))
 
 
 @dataclass(frozen=True)

@@ -41,3 +41,9 @@ def test_terms_say_where_the_work_is(kind: str) -> None:
     assert cost["n"] > 0
     assert (cost["t2"] > 0) == (kind != "dcn")
     assert (cost["nt"] > 0) == (kind in ("hstu_targets", "cross_attention"))
+
+
+def test_attention_counts_both_products() -> None:
+    """Per pair of events and HSTU layer: query times key and score times value, 2 * dim operations each."""
+    cost = cost_coefficients(ONE_SEQUENCE, Model(kind="hstu", dim=8, layers=3, heads=2, user_dim=8))
+    assert cost["t2"] == 3 * 2 * 2 * 8

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from roo_ray.config import Embeddings
-from roo_ray.errors import ConfigError
-from roo_ray.training.sharding import describe_plan, refuse_what_cannot_be
+from roo_ray.training.sharding import describe_plan
 from tests.training.ranks import full_weights, run_ranks, sharded_model, train_steps
 
 
@@ -89,29 +88,3 @@ def test_columns_optimizers_and_half_precision() -> None:
         if name.startswith("sparse."):
             assert table.dtype == torch.float16
             torch.testing.assert_close(table.float(), full["end"][name], rtol=0, atol=0.02)
-
-
-def test_what_a_cpu_cannot_do_is_refused_in_one_message() -> None:
-    tables = ["item", "topic"]
-    wrong = Embeddings(
-        weights="bf16",
-        optimizer="adam",
-        index_dedup=True,
-        uvm=["item"],
-        sharding={"item": "data_parallel", "topic": "grid", "user": "row_wise"},
-    )
-    with pytest.raises(ConfigError) as error:
-        refuse_what_cannot_be(wrong, tables, "cpu")
-    for part in (
-        "weights bf16 do not exist on CPU",
-        "optimizer adam has no fused form on CPU",
-        "index_dedup has no operator on CPU",
-        "uvm is host memory beside a GPU",
-        "'item' is data_parallel, whose gradients are wrong on CPU",
-        "'topic' is grid",
-        "sharding names table 'user'",
-    ):
-        assert part in str(error.value)
-    fine = Embeddings(weights="bf16", optimizer="adam", index_dedup=True, uvm=["item"])
-    refuse_what_cannot_be(fine, tables, "cuda")
-    refuse_what_cannot_be(Embeddings(), tables, "cpu")
