@@ -1,6 +1,10 @@
 """Do the models learn what is there, and does request-only training reach what impression-level training reaches?
 
-    python benchmarks/quality.py [--quick] [--check] [--json FILE] [--requests N] [--seeds N] [--kinds hstu,dcn]
+    python benchmarks/quality.py [--quick] [--check] [--json FILE] [--requests N] [--kinds hstu,dcn]
+                                 [--seeds 0,1,2] [--compare-requests N] [--merge FILE...]
+
+A whole run takes some fifteen minutes; ``--kinds`` and ``--seeds`` split it, and ``--merge`` joins what the parts
+wrote.
 
 The log is roo_ray's synthetic one (100,000 users, 50,000 items, Zipf), whose planted click model needs the share of a
 candidate's topic in the user's history: history x candidate. Held out are requests that no model has seen. The share
@@ -14,6 +18,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 import tempfile
 import time
 from itertools import pairwise
@@ -22,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from model_cases import arguments, finish, table
+from model_cases import arguments, finish, merged, table
 
 from roo_ray.config import Model, Training
 from roo_ray.ingest.batch import Jagged, RequestBatch
@@ -38,6 +43,7 @@ from roo_ray.training.sharding import shard
 USERS, ITEMS, TOPICS, HISTORY, DIM = 100_000, 50_000, 20, 64, 32
 RANKING = ("dcn", "hstu", "hstu_targets", "cross_attention", "two_tower")
 CLOSED, WITHOUT_HISTORY = 0.8, 0.4
+FORMS = ("request", "impression")
 BATCH = 512  # impressions
 
 
@@ -187,17 +193,91 @@ def run(
     }
 
 
+def missed_aims(rows: list[dict[str, Any]]) -> list[str]:
+    """The aims that the rows miss."""
+    missed = []
+    for row in (row for row in rows if row["part"] == "ranking"):
+        if row["history"] and row["closed"] < CLOSED:
+            missed.append(f"{row['kind']} closes {row['closed']:.1%} of the gap, aim {CLOSED:.0%}")
+        if not row["history"] and row["closed"] > WITHOUT_HISTORY:
+            missed.append(
+                f"{row['kind']} without history closes {row['closed']:.1%} of the gap, at most {WITHOUT_HISTORY:.0%}"
+            )
+    for found in compare(rows):
+        if found["apart"] > 2 * found["noise"] / math.sqrt(found["seeds"]) + 1e-4:
+            missed.append(
+                f"{found['kind']}: ROO and impression-level NE are {found['apart']:.5f} apart, beyond seed noise "
+                f"({found['noise']:.5f})"
+            )
+    return missed
+
+
+def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per kind the NE of both forms over seeds: means, how far apart they are, and the larger standard deviation.
+    Seeds that both forms have count; fewer than two say nothing."""
+    found = []
+    rows = [row for row in rows if row["part"] == "compare"]
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        of = {
+            form: {row["seed"]: row["ne"] for row in rows if row["kind"] == kind and row["form"] == form}
+            for form in FORMS
+        }
+        seeds = sorted(of[FORMS[0]].keys() & of[FORMS[1]].keys())
+        if len(seeds) < 2:
+            continue
+        values = {form: [of[form][seed] for seed in seeds] for form in FORMS}
+        means = {form: statistics.mean(each) for form, each in values.items()}
+        found.append(
+            {
+                "kind": kind,
+                "seeds": len(seeds),
+                "values": values,
+                "means": means,
+                "apart": abs(means[FORMS[0]] - means[FORMS[1]]),
+                "noise": max(statistics.stdev(each) for each in values.values()),
+            }
+        )
+    return found
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """Prints the tables."""
+    header = ["kind", "history", "form", "seed", "requests", "NE", "Bayes NE", "of the gap", "GAUC", "s"]
+    cells = [
+        [
+            *(row["kind"], "yes" if row["history"] else "no", row["form"], row["seed"], f"{row['requests']:,}"),
+            *(f"{row['ne']:.4f}", f"{row['bayes_ne']:.4f}", f"{row['closed']:.1%}", f"{row['gauc']:.4f}"),
+            f"{row['seconds']:.0f}",
+        ]
+        for row in rows
+    ]
+    print(table(header, cells))
+    for found in compare(rows):
+        cells = [
+            [form, " ".join(f"{v:.4f}" for v in found["values"][form]), f"{found['means'][form]:.4f}"] for form in FORMS
+        ]
+        print(table([f"{found['kind']}: form", "NE by seed", "mean"], cells))
+        print(f"means apart by {found['apart']:.5f}; standard deviation over seeds {found['noise']:.5f}")
+
+
 def main() -> None:
     """Trains and compares."""
     parser = arguments("Quality of the models on a planted log")
-    parser.add_argument("--kinds", default=",".join(RANKING))
+    parser.add_argument("--kinds", default=",".join(RANKING), help="'' for none")
     parser.add_argument("--requests", type=int, default=60_000, help="trained on, one pass")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--compare-requests", type=int, default=30_000, help="of the ROO / impression-level runs")
+    parser.add_argument("--seeds", default="0,1,2", help="of the comparison of ROO and impression-level; '' for none")
+    parser.add_argument("--compare-requests", type=int, default=10_000, help="trained on there")
     parser.add_argument("--compare-kind", default="hstu")
     options = parser.parse_args()
     if options.quick:
-        options.requests, options.compare_requests, options.seeds = 20_000, 5_000, 2
+        options.requests, options.compare_requests, options.seeds = 20_000, 5_000, "0,1"
+    rows = merged(options.merge) if options.merge else measure_all(options)
+    report(rows)
+    finish(rows, missed_aims(rows), options)
+
+
+def measure_all(options: Any) -> list[dict[str, Any]]:
+    """Trains all that is asked for, on one rank."""
     torch.set_num_threads(1)  # two would wait for each other on tensors of this size
     slice_size = 5_000
     source = SyntheticSource(
@@ -215,49 +295,25 @@ def main() -> None:
     everything = range(first, first + options.requests // slice_size)
     part = range(first, first + max(1, options.compare_requests // slice_size))
     rows: list[dict[str, Any]] = []
-    missed: list[str] = []
 
-    def add(kind: str, history: bool, form: str, seed: int, tasks: range) -> dict[str, Any]:
-        row: dict[str, Any] = {"kind": kind, "history": history, "form": form, "seed": seed}
+    def add(part: str, kind: str, history: bool, form: str, seed: int, tasks: range) -> None:
+        row: dict[str, Any] = {"part": part, "kind": kind, "history": history, "form": form, "seed": seed}
         row["requests"] = len(tasks) * slice_size
         row |= run(kind, history, form, seed, source, tasks, held_out[history])
         rows.append(row)
-        without = "" if history else "without history, "
-        print(
-            f"{kind:16s} {without}{form} form, seed {seed}, {row['requests']:,} requests: "
-            f"NE {row['ne']:.4f} (Bayes {row['bayes_ne']:.4f}), {row['closed']:.1%} of the gap, "
-            f"GAUC {row['gauc']:.4f}, {row['seconds']:.0f} s",
-            flush=True,
-        )
-        return row
+        words = f"{kind}, {'' if history else 'without history, '}{form} form, seed {seed}: {row['closed']:.1%}"
+        print(words, file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        for kind in options.kinds.split(","):
-            closed = add(kind, True, "request", 0, everything)["closed"]
-            if closed < CLOSED:
-                missed.append(f"{kind} closes {closed:.1%} of the gap, aim {CLOSED:.0%}")
-            closed = add(kind, False, "request", 0, everything)["closed"]
-            if closed > WITHOUT_HISTORY:
-                missed.append(f"{kind} without history closes {closed:.1%} of the gap, at most {WITHOUT_HISTORY:.0%}")
-        forms = {
-            form: [add(options.compare_kind, True, form, seed, part)["ne"] for seed in range(options.seeds)]
-            for form in ("request", "impression")
-        }
+        for kind in filter(None, options.kinds.split(",")):
+            add("ranking", kind, True, "request", 0, everything)
+            add("ranking", kind, False, "request", 0, everything)
+        for seed in map(int, filter(None, options.seeds.split(","))):
+            for form in FORMS:
+                add("compare", options.compare_kind, True, form, seed, part)
         dist.destroy_process_group()
-    means = {form: statistics.mean(values) for form, values in forms.items()}
-    noise = max(statistics.stdev(values) for values in forms.values()) if options.seeds > 1 else math.inf
-    apart = abs(means["request"] - means["impression"])
-    print(
-        table(
-            ["form", "NE by seed", "mean"],
-            [[form, " ".join(f"{v:.4f}" for v in values), f"{means[form]:.4f}"] for form, values in forms.items()],
-        )
-    )
-    print(f"means apart by {apart:.5f}; standard deviation over seeds {noise:.5f}")
-    if apart > 2 * noise / math.sqrt(options.seeds) + 1e-4:
-        missed.append(f"ROO and impression-level NE are {apart:.5f} apart, beyond seed noise ({noise:.5f})")
-    finish(rows, missed, options)
+    return rows
 
 
 if __name__ == "__main__":
