@@ -214,6 +214,23 @@ class KuairandSource(Strict):
     history_length: int = Field(default=100, ge=0)
 
 
+class MovielensSource(Strict):
+    """MovieLens in its publisher's files: the folder with ``ratings.csv`` (20M and later) or ``ratings.dat`` (1M, 10M).
+
+    A request is a run of a user's ratings: a new one begins where more than ``gap_seconds`` passed since the rating
+    before, and, with ``max_impressions``, where it would become longer (ratings of one second stay together). With
+    ``gap_seconds: 0`` a request is what has one time. A user's last ``history_length`` ratings before it are its
+    history. ``liked`` is 1 for ratings of at least ``like_from``; ``rated`` is always 1.
+    """
+
+    kind: Literal["movielens"]
+    path: DataPath
+    gap_seconds: float = Field(default=0.0, ge=0)
+    max_impressions: int | None = Field(default=None, gt=0)
+    history_length: int = Field(default=200, ge=0)
+    like_from: float = 4.0
+
+
 Source = Annotated[
     SyntheticSource
     | ImpressionSource
@@ -221,6 +238,7 @@ Source = Annotated[
     | EventLogsSource
     | EbnerdSource
     | MindSource
-    | KuairandSource,
+    | KuairandSource
+    | MovielensSource,
     Field(discriminator="kind"),
 ]

@@ -9,6 +9,7 @@ from roo_ray.source_config import (
     ImpressionSource,
     KuairandSource,
     MindSource,
+    MovielensSource,
     RequestRowsSource,
     Source,
     SyntheticSource,
@@ -19,6 +20,7 @@ from roo_ray.sources.event_logs import open_event_logs
 from roo_ray.sources.impressions import open_impressions
 from roo_ray.sources.kuairand import open_kuairand
 from roo_ray.sources.mind import open_mind
+from roo_ray.sources.movielens import open_movielens
 from roo_ray.sources.request_rows import open_request_rows
 from roo_ray.sources.synthetic import require_complete
 
@@ -42,5 +44,7 @@ def open_source(source: Source, schema: Schema) -> RowSource:
         return open_mind(source, schema)
     if isinstance(source, KuairandSource):
         return open_kuairand(source, schema)
+    if isinstance(source, MovielensSource):
+        return open_movielens(source, schema)
     assert isinstance(source, EbnerdSource)
     return open_ebnerd(source.path, schema)
