@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py [--quick] [--check] [--json FILE] [--plot FILE.png] [--device cuda]
                                     [--kinds hstu,dcn] [--history 0,50,200] [--impressions 1,2,5,10,20]
-                                    [--merge FILE...]
+                                    [--merge FILE...] [--compile]
 
 Both sides train the same impressions: the request batch, and the same batch exploded. A step is forward, loss,
 backward with the fused update of the tables, and the dense optimizer. FLOPs are the matrix products that torch
@@ -19,6 +19,9 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +54,14 @@ NO_ENCODER = ("dcn",)  # no sequence model: the history is a pooled bag
 OF_BOUND, AT_TEN, AT_ONE = 0.9, 9.0, 0.97
 
 
-def make_model(kind: str, schema: Schema, device: torch.device) -> ShardedModel:
-    """The sharded model on one rank: tables with fused updates, dense Adam."""
+def make_model(kind: str, schema: Schema, device: torch.device, compiled: bool = False) -> ShardedModel:
+    """The sharded model on one rank: tables with fused updates, dense Adam; the towers by ``torch.compile``."""
     torch.manual_seed(0)
     settings = Model(kind=kind, dim=DIM, layers=2, heads=2, user_dim=DIM)  # type: ignore[arg-type]
     model = RankingModel(schema, settings, torch.device("meta"))
     model.dense.to(device)
+    if compiled:
+        model.dense = torch.compile(model.dense, dynamic=True)  # type: ignore[assignment]
     return shard(model, Training(), device, batch_requests=64, ids_per_request={})
 
 
@@ -130,6 +135,26 @@ def measure(kind: str, history: int, impressions: int, options: Any, device: tor
     }
 
 
+def compare_compiled(kind: str, history: int, impressions: int, options: Any, device: torch.device) -> None:
+    """Prints the step of the request form with and without ``torch.compile`` of the towers, after its compilation."""
+    schema = schema_of(history, DIM)
+    models = {name: make_model(kind, schema, device, name == "compiled") for name in ("eager", "compiled")}
+    batches = [random_batch(schema, options.batch // impressions, impressions, history, seed) for seed in range(3)]
+    batches = [batch.to(device) for batch in batches]
+    begin = time.perf_counter()
+    for batch in batches:  # shapes that vary, as in training
+        train(models["compiled"], batch)
+    compiling = time.perf_counter() - begin
+    ways = {name: (lambda model=model: [train(model, batch) for batch in batches]) for name, model in models.items()}
+    seconds = side_by_side(ways, options.rounds, device.type)
+    faster = times_faster(seconds, "eager", "compiled")
+    print(
+        f"{kind}, history {history}, {impressions} impressions: compiled {faster:.2f}x as fast as eager; "
+        f"{compiling:.0f} s to compile",
+        flush=True,
+    )
+
+
 def missed_aims(row: dict[str, Any]) -> list[str]:
     """The aims that a row misses."""
     where = f"{row['kind']}, history {row['history']}, {row['impressions']} impressions"
@@ -172,17 +197,24 @@ def measure_all(
 ) -> list[dict[str, Any]]:
     """All rows, on one rank."""
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        backend = "gloo" if device.type == "cpu" else "nccl"
-        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
+    with one_rank(device):
         for kind in kinds:
             for history in histories:
                 for impressions in counts:
                     rows.append(measure(kind, history, impressions, options, device))
                     line = f"{kind}, history {history}, {impressions} impressions: {rows[-1]['speedup']:.2f}x"
                     print(line, file=sys.stderr, flush=True)
-        dist.destroy_process_group()
     return rows
+
+
+@contextmanager
+def one_rank(device: torch.device) -> Iterator[None]:
+    """A process group of this process alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        backend = "gloo" if device.type == "cpu" else "nccl"
+        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
+        yield
+        dist.destroy_process_group()
 
 
 def main() -> None:
@@ -194,6 +226,7 @@ def main() -> None:
     parser.add_argument("--impressions", default="1,2,5,10,20")
     parser.add_argument("--batch", type=int, default=640, help="impressions in a batch")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="compare with torch.compile, and nothing else")
     parser.add_argument("--plot", type=Path, help="write a picture")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -203,6 +236,11 @@ def main() -> None:
     counts = [int(x) for x in options.impressions.split(",")]
     if options.quick:
         histories, counts, options.batch, options.rounds = histories[-1:], [1, 10], 320, 2
+    if options.compile:
+        with one_rank(device):
+            for kind in options.kinds.split(","):
+                compare_compiled(kind, histories[-1], 10, options, device)
+        return
     if options.merge:
         rows = merged(options.merge)
     else:
