@@ -242,7 +242,8 @@ def main() -> None:
                 compare_compiled(kind, histories[-1], 10, options, device)
         return
     if options.merge:
-        rows = merged(options.merge)
+        # of a case that was measured again, the last
+        rows = list({(r["kind"], r["history"], r["impressions"]): r for r in merged(options.merge)}.values())
     else:
         rows = measure_all(options.kinds.split(","), histories, counts, options, device)
     missed = [line for row in rows for line in missed_aims(row)]

@@ -94,3 +94,23 @@ def test_dispatcher_takes_the_bucketed_path_on_cpu() -> None:
     inputs, of, ages = case([3, 1], 0, True)
     out = attention.attention(inputs[0], attention.layout(of, ages), HEADS, NORMALISER, inputs[1], inputs[2])
     assert "BucketedAttention" in type(out.grad_fn).__name__
+
+
+@given(st.lists(st.integers(1, 12), min_size=2, max_size=6), st.integers(1, 3))
+@settings(max_examples=10, deadline=None)
+def test_a_broken_sequence_breaks_no_other(lengths: list[int], buckets: int) -> None:
+    """Sequences share buckets, and padding is never a token of another: NaN in the first stays there."""
+    inputs, of, ages = case(lengths, 1, True)
+    out, gradients = [], []
+    for broken in (False, True):
+        qkv = inputs[0].detach().clone()
+        if broken:
+            qkv[: lengths[0]] = float("nan")
+        qkv.requires_grad_()
+        found = attention.bucketed_attention(
+            qkv, attention.layout(of, ages, buckets), HEADS, NORMALISER, inputs[1], inputs[2]
+        )
+        out.append(found[lengths[0] :].detach())
+        gradients.append(torch.autograd.grad(found[lengths[0] :].sum(), qkv)[0][lengths[0] :])
+    torch.testing.assert_close(out[0], out[1], rtol=0, atol=0)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
