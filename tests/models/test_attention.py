@@ -1,5 +1,6 @@
 """HSTU attention: the reference against a double loop, the bucketed path against the reference."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,17 +59,19 @@ def test_reference_equals_double_loop(lengths: list[int], seed: int, timed: bool
 
 
 @settings(max_examples=30, deadline=None)
-@given(lengths_lists, st.integers(0, 1000), st.booleans(), st.integers(1, 8))
-def test_bucketed_equals_reference(lengths: list[int], seed: int, timed: bool, buckets: int) -> None:
+@given(lengths_lists, st.integers(0, 1000), st.booleans(), st.integers(1, 8), st.sampled_from([2, 5, 80]))
+def test_bucketed_equals_reference(lengths: list[int], seed: int, timed: bool, buckets: int, block: int) -> None:
     inputs, of, ages = case(lengths, seed, timed)
     time = inputs[2] if timed else None
     weight = torch.randn(sum(lengths), WIDTH, generator=torch.Generator().manual_seed(seed))
     results = []
     for function, count in ((attention.padded_attention, 1), (attention.bucketed_attention, buckets)):
         layout = attention.layout(of, ages if timed else None, count)
-        out = function(inputs[0], layout, HEADS, NORMALISER, inputs[1], time)
-        # raises for an input without a gradient, which would leave DDP's ranks waiting
-        results.append((out, torch.autograd.grad((out * weight).sum(), inputs)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "QUERIES_PER_BLOCK", block)  # up to 6 blocks of the longest
+            out = function(inputs[0], layout, HEADS, NORMALISER, inputs[1], time)
+            # raises for an input without a gradient, which would leave DDP's ranks waiting
+            results.append((out, torch.autograd.grad((out * weight).sum(), inputs)))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-5)
     for reference, ours in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
