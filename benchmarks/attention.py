@@ -12,7 +12,7 @@ import statistics
 from typing import Any
 
 import torch
-from model_cases import SavedBytes, arguments, finish, side_by_side, table, times_faster
+from model_cases import SavedBytes, arguments, finish, keep_freed_memory, side_by_side, table, times_faster
 
 from roo_ray.models import attention
 
@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     device = options.device
     longest = [200] if options.quick else [50, 100, 200, 400]
     fills = [0.5] if options.quick else [0.3, 0.5, 0.8]

@@ -31,6 +31,7 @@ from model_cases import (
     SavedBytes,
     arguments,
     finish,
+    keep_freed_memory,
     merged,
     random_batch,
     schema_of,
@@ -230,6 +231,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="write a picture")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     device = torch.device(options.device)
     default = "0,50,200" if device.type == "cpu" else "0,50,200,1000,4000"
     histories = [int(x) for x in (options.history or default).split(",")]
