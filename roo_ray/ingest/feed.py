@@ -89,7 +89,7 @@ class Feed:
         self.queues: list[deque[Any]] = [deque() for _ in owners]
         self.changed = threading.Condition()
         self.arrived = [asyncio.Event() for _ in owners]
-        self.waiting = [False for _ in owners]
+        self.most = [0 for _ in owners]
         self.ended = False
         self.error: BaseException | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -106,6 +106,7 @@ class Feed:
             for rank, block in read_blocks(packing, together, held_cpus):
                 with self.changed:
                     self.queues[rank].append(block)
+                    self.most[rank] = max(self.most[rank], len(self.queues[rank]))
                     self._wake(rank)
                     del block
                     self.changed.wait_for(self._hungry)
@@ -120,6 +121,12 @@ class Feed:
     def _hungry(self) -> bool:
         # any rank: blocks come in a fixed order, and the one a rank waits for may be behind another's
         return any(len(queue) < BLOCKS_AHEAD for queue in self.queues)
+
+    async def most_waiting(self) -> list[int]:
+        """The most blocks that have waited at a time for each rank. Ranks that take steps together, as trainers
+        do, keep it small; a rank that stands still while others go on is waited for by nobody, and its blocks add up
+        in the object store."""
+        return list(self.most)
 
     def _wake(self, rank: int) -> None:
         assert self.loop is not None
