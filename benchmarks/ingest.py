@@ -107,14 +107,17 @@ def aims(median: dict[Way, dict[str, float]], waits: float | None) -> list[tuple
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=200_000)
+    parser.add_argument("--requests", type=int, help="200,000 by default")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="100,000 requests, one round, no training")
+    parser.add_argument(
+        "--quick", action="store_true", help="100,000 requests, one round; neither 8 ranks nor training"
+    )
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS), help="for development")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--check", action="store_true", help="exit 1 where an aim is missed")
     options = parser.parse_args()
-    requests, rounds = (100_000, 1) if options.quick else (options.requests, options.rounds)
+    requests = options.requests or (100_000 if options.quick else 200_000)
+    rounds = 1 if options.quick else options.rounds
     folder = Path(tempfile.mkdtemp(prefix="roo_ray_ingest_"))
     results: dict[Way, list[dict[str, float]]] = {way: [] for way in options.ways}
     waits: float | None = None
