@@ -110,7 +110,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, help="200,000 by default")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(
-        "--quick", action="store_true", help="100,000 requests, one round; neither 8 ranks nor training"
+        "--quick", action="store_true", help="100,000 requests, one round, no 8 ranks, no training"
     )
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS), help="for development")
     parser.add_argument("--json", metavar="FILE")
