@@ -108,10 +108,9 @@ def aims(median: dict[Way, dict[str, float]], waits: float | None) -> list[tuple
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, help="200,000 by default")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument(
-        "--quick", action="store_true", help="100,000 requests, one round, no 8 ranks, no training"
-    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=80, help="no further round begins after so many")
+    parser.add_argument("--quick", action="store_true", help="100,000 requests, one round, no 8 ranks, no training")
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS), help="for development")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--check", action="store_true", help="exit 1 where an aim is missed")
@@ -127,7 +126,10 @@ def main() -> int:
         trained = sum(file.impressions for file in manifest.files if file.day == manifest.days[0])
         as_rows = write_impressions(folder / "data", manifest)
         with session.connect(RaySettings(local_cpus=CPUS, object_store_bytes=2_000_000_000)):
+            started = time.perf_counter()
             for number in range(rounds):
+                if number and time.perf_counter() - started > options.seconds:
+                    break
                 for way in options.ways:
                     began = time.perf_counter()
                     ranks, _ = run_way(way, str(folder / "data"), 2)
