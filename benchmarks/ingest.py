@@ -143,7 +143,7 @@ def main() -> int:
                 ranks, waited = run_way("ray_data", str(folder / "data"), 8, lanes=8)
                 eight = summary(ranks) | {"most_blocks_waiting": waited}
             small = folder / "small"
-            write_data_set(small, 40_000)
+            write_data_set(small, 24_000)
             with session.connect(RaySettings(local_cpus=4)):
                 waits = wait_share(str(small), folder)
     finally:
