@@ -24,7 +24,7 @@ from ray.data import DataContext, ExecutionResources
 from roo_ray import session
 from roo_ray.errors import BadInput
 from roo_ray.ingest.pack import PackSettings, pack_window
-from roo_ray.ingest.parcels import PackedSize, Parcel, parcels, split_parcel
+from roo_ray.ingest.parcels import PackedSize, Parcel, parcel_bytes, parcels, split_parcel
 from roo_ray.ingest.settings import StreamSettings
 
 ERROR = "error"
@@ -102,7 +102,8 @@ class Feed:
             packing, plans = settings.open()
             lanes = sorted(self.owner)
             windows = (window for plan in plans for window in plan.reading_order(lanes, settings.start))
-            together = parcels(windows, self.owner, PackedSize(settings.schema))
+            store = ray.cluster_resources().get("object_store_memory", 0.0)
+            together = parcels(windows, self.owner, PackedSize(settings.schema), parcel_bytes(store, len(self.queues)))
             for rank, block in read_blocks(packing, together, held_cpus):
                 with self.changed:
                     self.queues[rank].append(block)

@@ -19,6 +19,12 @@ from roo_ray.schema import Schema
 
 PARCEL_BYTES = 64_000_000
 PARCEL_WINDOWS = 64
+STORE_SHARE = 8  # parcels of every rank that fit into the cluster's object stores: read, waiting and trained on
+
+
+def parcel_bytes(object_store: float, ranks: int) -> int:
+    """The size of a parcel where ``ranks`` are fed through so many bytes of object store."""
+    return int(min(PARCEL_BYTES, object_store / (STORE_SHARE * ranks)))
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ def parcels(
     windows: Iterable[Window],
     owner: Mapping[int, int],
     size: PackedSize,
-    most_bytes: int = PARCEL_BYTES,
+    most_bytes: int,
     most_windows: int = PARCEL_WINDOWS,
 ) -> Iterator[Parcel]:
     """The windows in parcels, each of one rank (``owner``: of each lane), in the order in which their first windows

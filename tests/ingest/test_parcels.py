@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from roo_ray.ingest.pack import pack_window
-from roo_ray.ingest.parcels import PackedSize, parcels, split_parcel
+from roo_ray.ingest.parcels import PARCEL_BYTES, PackedSize, parcel_bytes, parcels, split_parcel
 from roo_ray.ingest.plan import UnitRef, Window
 from roo_ray.ingest.stream import StreamSettings
 from tests.ingest import shard_maker
@@ -53,6 +53,13 @@ def test_every_window_travels_once_in_order_and_within_the_size(
 def test_a_rank_that_has_everything_gets_full_parcels() -> None:
     made = list(parcels(windows([1000] * 100, 2), {0: 0, 1: 0}, SIZE, most_bytes=10**9, most_windows=16))
     assert [len(parcel.windows) for parcel in made] == [1, 2, 4, 8, 16, 16, 16, 16, 16, 5]
+
+
+def test_the_parcels_of_many_ranks_fit_into_a_small_object_store() -> None:
+    assert parcel_bytes(200e9, 2) == PARCEL_BYTES
+    assert parcel_bytes(500e6, 8) * 8 * 8 <= 500e6
+    assert parcel_bytes(0, 8) == 0  # a window each
+    assert {len(p.windows) for p in parcels(windows([10] * 9, 2), {0: 0, 1: 1}, SIZE, most_bytes=0)} == {1}
 
 
 def test_the_estimate_is_near_what_is_packed(data: tuple[StreamSettings, list[Row]]) -> None:
