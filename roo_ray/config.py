@@ -89,7 +89,8 @@ class Holdout(Strict):
 class Ingest(Strict):
     """The order and size of batches (docs/ingest.md).
 
-    ``lanes``: virtual workers, fixed for a run; ranks own lanes, so results do not depend on their number.
+    ``lanes``: virtual workers, fixed for a run; ranks own lanes, so results do not depend on their number. 12 are
+    shared evenly by 1, 2, 3, 4, 6 and 12 workers.
     ``mode``: ``shuffled``, or ``time`` for data that must be trained on in the order of time.
     ``batch_impressions``, ``batch_cost``: what one lane's batch of a step is filled up to, at least one of them;
     the cost of a request is a polynomial of its history tokens and impressions that the model publishes.
@@ -103,9 +104,9 @@ class Ingest(Strict):
     deliver the identical stream. ``prefetch_batches``: batches that a lane has ready.
     """
 
-    lanes: int = Field(default=4, gt=0)
+    lanes: int = Field(default=12, gt=0)
     mode: Literal["shuffled", "time"] = "shuffled"
-    batch_impressions: int | None = Field(default=512, gt=0)
+    batch_impressions: int | None = Field(default=256, gt=0)
     batch_cost: float | None = Field(default=None, gt=0)
     oversize: Literal["own", "split"] = "own"
     interleave: int | None = Field(default=None, gt=0)

@@ -34,12 +34,18 @@ class Jagged:
         """Applies a function to both tensors."""
         return Jagged(function(self.values), function(self.lengths))
 
+    def index_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """((T',) int64 into ``values``, (N,) lengths) of the lists of the given rows; rows (N,) int64."""
+        lengths = self.lengths[rows]  # (N,)
+        total = int(lengths.sum())
+        shift = (self.lengths.cumsum(0) - self.lengths)[rows] - (lengths.cumsum(0) - lengths)  # (N,) from there to here
+        index = torch.repeat_interleave(shift, lengths, output_size=total)
+        return index.add_(torch.arange(total, device=index.device)), lengths
+
     def take(self, rows: Tensor) -> Jagged:
         """The lists of the given rows, in that order; rows (N,) int64 may repeat."""
-        lengths = self.lengths[rows]  # (N,)
-        starts = (self.lengths.cumsum(0) - self.lengths)[rows]  # (N,)
-        index = torch.repeat_interleave(starts, lengths) + segment_positions(lengths)  # (T',)
-        return Jagged(self.values[index], lengths)
+        index, lengths = self.index_of(rows)
+        return Jagged(self.values.index_select(0, index), lengths)
 
     @staticmethod
     def concat(parts: Sequence[Jagged]) -> Jagged:
@@ -139,10 +145,13 @@ class RequestBatch:
     def explode(self) -> RequestBatch:
         """The impression-level form: every impression a request of its own, user side repeated."""
         rows = self.request_of_impression()  # (B_NRO,)
-        some_ids = {name.split(".")[0]: ids for name, ids in self.request_ids.items() if "." in name}
+        chosen: dict[str, tuple[Tensor, Tensor]] = {}  # the columns of a sequence are aligned: one index for all
+        for name, ids in self.request_ids.items():
+            if name.split(".")[0] not in chosen:
+                chosen[name.split(".")[0]] = ids.index_of(rows)
 
-        def repeat_tokens(name: str, values: Tensor) -> Tensor:
-            return Jagged(values, some_ids[name].lengths).take(rows).values
+        def take(name: str, values: Tensor) -> Tensor:
+            return values.index_select(0, chosen[name.split(".")[0]][0])
 
         return RequestBatch(
             num_impressions=torch.ones_like(rows),
@@ -152,9 +161,12 @@ class RequestBatch:
             request_time=self.request_time[rows],
             request_dense=self.request_dense[rows],
             impression_dense=self.impression_dense,
-            request_ids={name: ids.take(rows) for name, ids in self.request_ids.items()},
-            sequence_dense={name: repeat_tokens(name, v) for name, v in self.sequence_dense.items()},
-            sequence_time={name: repeat_tokens(name, v) for name, v in self.sequence_time.items()},
+            request_ids={
+                name: Jagged(take(name, ids.values), chosen[name.split(".")[0]][1])
+                for name, ids in self.request_ids.items()
+            },
+            sequence_dense={name: take(name, values) for name, values in self.sequence_dense.items()},
+            sequence_time={name: take(name, values) for name, values in self.sequence_time.items()},
             impression_ids=self.impression_ids,
             labels=self.labels,
             weights=self.weights,

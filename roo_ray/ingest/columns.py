@@ -92,21 +92,22 @@ def dense_of(values: pa.Array, column: str, where: Where, fill: float | None, sc
     """(N,) float32: nulls and NaNs become ``fill``, given in the column's units (an error without it); then
     ``scale: log1p`` makes it log(1 + max(x, 0)). Infinite values are an error."""
     floats = _to_float(values, column)
-    missing = np.isnan(floats)
-    if missing.any():
-        if fill is None:
+    if not np.isfinite(floats).all():
+        missing = np.isnan(floats)
+        if missing.any():
+            if fill is None:
+                raise DataError(
+                    f"column '{column}' is null or NaN in {where(_first(missing))}; give the feature a fill, or "
+                    "remove the nulls"
+                )
+            floats = np.where(missing, np.float32(fill), floats)
+        infinite = np.isinf(floats)
+        if infinite.any():
+            at = _first(infinite)
             raise DataError(
-                f"column '{column}' is null or NaN in {where(_first(missing))}; give the feature a fill, or "
-                "remove the nulls"
+                f"column '{column}' is {values[at]}, infinite as float32, in {where(at)}; one such value makes "
+                "a whole model NaN: remove it"
             )
-        floats = np.where(missing, np.float32(fill), floats)
-    infinite = np.isinf(floats)
-    if infinite.any():
-        at = _first(infinite)
-        raise DataError(
-            f"column '{column}' is {values[at]}, infinite as float32, in {where(at)}; one such value makes "
-            "a whole model NaN: remove it"
-        )
     return np.log1p(np.maximum(floats, np.float32(0))) if scale == "log1p" else floats
 
 

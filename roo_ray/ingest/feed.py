@@ -1,9 +1,9 @@
 """The reading function in Ray Data tasks: one execution of Ray Data outside the trainers, for all of them.
 
-A ``Feed`` is an actor that runs the pipeline: a task and a block per window, in the planned order. It hands the
-trainers references, never data: each rank asks for the next block of its own lanes and takes it from the object
-store, as views of shared memory where it lies on the same node. Ray Data reads ahead as far as its memory budget
-goes; the feed takes blocks from it only while a rank is short of them.
+A ``Feed`` is an actor that runs the pipeline: a task and a block per parcel (some windows of one rank's lanes), in
+the planned order. It hands the trainers references, never data: each rank asks for the next block of its own lanes
+and takes it from the object store, as views of shared memory where it lies on the same node. Ray Data reads ahead as
+far as its memory budget goes; the feed takes blocks from it only while a rank is short of them.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ from ray.data import DataContext, ExecutionResources
 from roo_ray import session
 from roo_ray.errors import BadInput
 from roo_ray.ingest.pack import PackSettings, pack_window
-from roo_ray.ingest.plan import Window
+from roo_ray.ingest.parcels import PackedSize, Parcel, parcel_bytes, parcels, split_parcel
 from roo_ray.ingest.settings import StreamSettings
 
 ERROR = "error"
-WINDOWS_AHEAD = 2  # blocks that wait in the feed for each rank; a rank has its own batches beside them
-WINDOWS_AT_ONCE = 4096  # of one execution: Ray Data holds its whole input as objects
+BLOCKS_AHEAD = 2  # that wait in the feed for each rank; a rank has its own batches beside them
+BLOCKS_AT_ONCE = 4096  # of one execution: Ray Data holds its whole input as objects
 
 
 def _read_block(block: pa.Table, settings: PackSettings) -> Iterator[pa.Table]:
     """Runs in a Ray Data task. Bad input travels as a row of its own: as an exception it would be wrapped and
     logged with some 200 lines of Ray's own frames."""
-    for window in block.column("window").to_pylist():
+    for windows in block.column("windows").to_pylist():
         try:
-            yield pack_window(settings, pickle.loads(window))
+            yield pa.concat_tables([pack_window(settings, window) for window in pickle.loads(windows)])
         except BadInput as error:
             yield pa.table({ERROR: [pickle.dumps(error)]})
             return
 
 
-def read_blocks(settings: PackSettings, windows: Iterable[Window], held_cpus: float) -> Iterator[tuple[int, Any]]:
-    """(lane, reference to the packed table) of each window, in their order, read by Ray Data.
+def read_blocks(settings: PackSettings, some_parcels: Iterable[Parcel], held_cpus: float) -> Iterator[tuple[int, Any]]:
+    """(rank, reference to the packed table) of each parcel, in their order, read by Ray Data.
 
     ``held_cpus``: CPUs of the cluster that are not for reading. Ray must be initialised.
     """
     session.quiet_data_context()
     context = DataContext.get_current()
-    context.target_max_block_size = None  # a window stays one block
-    windows = iter(windows)
-    while some := list(islice(windows, WINDOWS_AT_ONCE)):
-        items: list[dict[str, Any]] = [{"window": pickle.dumps(window)} for window in some]
+    context.target_max_block_size = None  # a parcel stays one block
+    coming = iter(some_parcels)
+    while some := list(islice(coming, BLOCKS_AT_ONCE)):
+        items: list[dict[str, Any]] = [{"windows": pickle.dumps(parcel.windows)} for parcel in some]
         blocks = ray.data.from_items(items, override_num_blocks=len(items))
         options = blocks.context.execution_options
         options.preserve_order = True
@@ -67,17 +67,17 @@ def read_blocks(settings: PackSettings, windows: Iterable[Window], held_cpus: fl
             fn_kwargs={"settings": settings},
             num_cpus=1,
         )
-        lanes = iter([window.lane for window in some])
+        ranks = iter([parcel.rank for parcel in some])
         bundles = packed.iter_internal_ref_bundles()
         try:
             for bundle in bundles:
                 for entry in bundle.blocks:
-                    yield next(lanes), entry.ref
+                    yield next(ranks), entry.ref
         finally:
             close = getattr(bundles, "close", None)
             if close is not None:
                 close()
-        if next(lanes, None) is not None:
+        if next(ranks, None) is not None:
             raise RuntimeError("Ray Data ended with windows missing")
 
 
@@ -89,7 +89,7 @@ class Feed:
         self.queues: list[deque[Any]] = [deque() for _ in owners]
         self.changed = threading.Condition()
         self.arrived = [asyncio.Event() for _ in owners]
-        self.waiting = [False for _ in owners]
+        self.most = [0 for _ in owners]
         self.ended = False
         self.error: BaseException | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -102,10 +102,12 @@ class Feed:
             packing, plans = settings.open()
             lanes = sorted(self.owner)
             windows = (window for plan in plans for window in plan.reading_order(lanes, settings.start))
-            for lane, block in read_blocks(packing, windows, held_cpus):
-                rank = self.owner[lane]
+            store = ray.cluster_resources().get("object_store_memory", 0.0)
+            together = parcels(windows, self.owner, PackedSize(settings.schema), parcel_bytes(store, len(self.queues)))
+            for rank, block in read_blocks(packing, together, held_cpus):
                 with self.changed:
                     self.queues[rank].append(block)
+                    self.most[rank] = max(self.most[rank], len(self.queues[rank]))
                     self._wake(rank)
                     del block
                     self.changed.wait_for(self._hungry)
@@ -119,14 +121,20 @@ class Feed:
 
     def _hungry(self) -> bool:
         # any rank: blocks come in a fixed order, and the one a rank waits for may be behind another's
-        return any(len(queue) < WINDOWS_AHEAD for queue in self.queues)
+        return any(len(queue) < BLOCKS_AHEAD for queue in self.queues)
+
+    async def most_waiting(self) -> list[int]:
+        """The most blocks that have waited at a time for each rank. Ranks that take steps together, as trainers
+        do, keep it small; a rank that stands still while others go on is waited for by nobody, and its blocks add up
+        in the object store."""
+        return list(self.most)
 
     def _wake(self, rank: int) -> None:
         assert self.loop is not None
         self.loop.call_soon_threadsafe(self.arrived[rank].set)
 
     async def next(self, rank: int) -> list[Any]:
-        """[reference to the rank's next packed table], waiting for it; empty after the last one."""
+        """[reference to the rank's next block], waiting for it; empty after the last one."""
         if self.loop is None:
             self.loop = asyncio.get_running_loop()
             self.thread.start()
@@ -157,7 +165,7 @@ def open_feed(settings: StreamSettings, owners: Sequence[Sequence[int]], held: f
 
 
 def blocks_of_rank(feed: Any, rank: int) -> Iterator[pa.Table]:
-    """The packed tables of a rank's lanes, in order; one is asked for while the one before is worked on.
+    """The packed windows of a rank's lanes, in order; a block is asked for while the one before is worked on.
 
     Raises the DataError of the reading function.
     """
@@ -168,5 +176,7 @@ def blocks_of_rank(feed: Any, rank: int) -> Iterator[pa.Table]:
         del found
         if ERROR in table.column_names:
             raise pickle.loads(table.column(ERROR)[0].as_py())
-        yield table
+        for window in split_parcel(table):
+            yield window
+            del window
         del table

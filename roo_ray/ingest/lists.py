@@ -17,8 +17,14 @@ Integers = npt.NDArray[np.int64]
 
 def ranges(starts: Integers, lengths: Integers) -> Integers:
     """(sum of lengths,) int64: the integers from each start on, so many of them; starts, lengths (B,)."""
-    before = np.cumsum(lengths) - lengths
-    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
+    if not lengths.all():
+        starts, lengths = starts[lengths > 0], lengths[lengths > 0]
+    # the differences of the result, summed up in place: one array of its size, as page faults cost more than sums
+    steps = np.ones(int(lengths.sum()), np.int64)
+    if len(steps):
+        steps[0] = starts[0]
+        steps[np.cumsum(lengths[:-1])] = starts[1:] - (starts[:-1] + lengths[:-1] - 1)
+    return np.cumsum(steps, out=steps)
 
 
 @dataclass(frozen=True)

@@ -35,13 +35,16 @@ PLAN_FORMAT = 2
 
 @dataclass(frozen=True)
 class UnitRef:
-    """A row group to read: ``path`` relative to the data set, ``requests`` in it as the manifest counts.
-    ``rows``: of a unit of an impression table, the first row in the file and how many."""
+    """A row group to read: ``path`` relative to the data set, ``requests`` in it as the manifest counts, and its
+    ``impressions`` and history events (``tokens``), for estimates. ``rows``: of a unit of an impression table, the
+    first row in the file and how many."""
 
     path: str
     row_group: int
     requests: int
     rows: tuple[int, int] | None = None
+    impressions: int = 0
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,14 @@ class Units:
         """The unit's name, as the reader takes it."""
         first = int(self.first_row[unit])
         rows = (first, int(self.impressions[unit])) if first >= 0 else None
-        return UnitRef(self.paths[self.file[unit]], int(self.row_group[unit]), int(self.requests[unit]), rows)
+        return UnitRef(
+            self.paths[self.file[unit]],
+            int(self.row_group[unit]),
+            int(self.requests[unit]),
+            rows,
+            int(self.impressions[unit]),
+            int(self.tokens[unit]),
+        )
 
 
 def units_of(files: Sequence[ShardFile]) -> Units:

@@ -18,6 +18,7 @@ import ray
 
 from roo_ray.config import Holdout
 from roo_ray.errors import DataError
+from roo_ray.ingest.feed import BLOCKS_AHEAD
 from roo_ray.ingest.plan import Position
 from roo_ray.ingest.stream import RankStream, StreamSettings, shared_feed
 from tests.ingest.shard_maker import Row
@@ -49,6 +50,47 @@ def test_ray_data_delivers_the_identical_stream(
             for a, b in zip(ours, rays, strict=True):
                 assert (a.lanes_alive, a.requests, a.impressions) == (b.lanes_alive, b.requests, b.impressions)
                 assert equal(a.batch, b.batch)
+
+
+@ray.remote(num_cpus=0)
+class Consumer:
+    """A rank in a process of its own."""
+
+    def __init__(self, how: StreamSettings, rank: int, world_size: int, feed: Any) -> None:
+        self.stream = RankStream(how, rank, world_size, feed)
+
+    def begin(self, epoch: int) -> None:
+        self.steps = self.stream.epoch(epoch)
+
+    def step(self) -> tuple[int, int, list[int]]:
+        step = next(self.steps)
+        return os.getpid(), step.lanes_alive, request_keys([step])
+
+
+def test_eight_processes_on_one_feed_take_every_request_once_and_little_waits_for_them(
+    data: tuple[StreamSettings, list[Row]], local_ray: None
+) -> None:
+    """In lock-step, as trainers: the same global batches as one rank that reads by itself. A window a unit and
+    many epochs, so that there are more blocks than may wait."""
+    how, _ = data
+    how = replace(how, ingest=how.ingest.model_copy(update={"lanes": 16, "window_units": 1}), epochs=tuple(range(20)))
+    feed = shared_feed(by_ray(how), 8)
+    ranks = [Consumer.remote(by_ray(how), rank, 8, feed) for rank in range(8)]  # type: ignore[attr-defined]
+    (alone,) = world(how, 1)
+    processes: set[int] = set()
+    for epoch in (0, 1, 18):  # the epochs between are passed over
+        ray.get([rank.begin.remote(epoch) for rank in ranks])
+        whole = take_epoch([alone], epoch)
+        for step in whole:
+            taken = ray.get([rank.step.remote() for rank in ranks])
+            processes |= {process for process, _, _ in taken}
+            assert sum(alive for _, alive, _ in taken) == step[0].lanes_alive
+            assert sorted(key for _, _, keys in taken for key in keys) == sorted(request_keys(step))
+        assert all(not alive for _, alive, _ in ray.get([rank.step.remote() for rank in ranks]))
+    assert len(processes) == 8
+    assert max(ray.get(feed.most_waiting.remote())) <= BLOCKS_AHEAD + 1
+    for rank in ranks:
+        ray.kill(rank)
 
 
 def test_ray_data_raises_the_original_error_and_nothing_else(

@@ -19,6 +19,7 @@ from roo_ray.config import Holdout
 from roo_ray.errors import DataError
 from roo_ray.ingest.batch import RequestBatch
 from roo_ray.ingest.budget import batch_bounds
+from roo_ray.ingest.lists import ranges
 from roo_ray.ingest.pack import PackSettings, pack_window
 from roo_ray.ingest.plan import Side, Window, units_of
 from roo_ray.ingest.tensors import PackedBatches
@@ -381,3 +382,10 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     assert "the manifest says" in message()
     path.unlink()
     assert "is missing" in message()
+
+
+@given(st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 6)), max_size=40))
+def test_ranges_are_the_integers_from_each_start_on(lists: list[tuple[int, int]]) -> None:
+    starts, lengths = np.array(lists, np.int64).reshape(-1, 2).T
+    expected = [start + i for start, length in lists for i in range(length)]
+    assert ranges(starts, lengths).tolist() == expected

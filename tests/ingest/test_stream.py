@@ -18,6 +18,7 @@ from roo_ray.config import Holdout, Ingest
 from roo_ray.errors import ConfigError, DataError
 from roo_ray.ingest import stream as stream_module
 from roo_ray.ingest.batch import Jagged, RequestBatch
+from roo_ray.ingest.plan import lanes_of_rank
 from roo_ray.ingest.stream import RankStream, Step, StreamSettings
 from roo_ray.schema import Schema
 from tests.ingest import shard_maker
@@ -182,6 +183,30 @@ def test_the_thread_reads_no_further_than_the_prefetch(
     assert len(read) == 1  # its batches are more than the prefetch
     sum(1 for step in islice(steps, 200) if step.lanes_alive)
     assert len(read) > 5
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_rank_holds_little_more_than_a_window_a_lane(data: tuple[StreamSettings, list[Row]], size: int) -> None:
+    """Whose windows have more batches than the prefetch: memory is bounded by the lanes of a rank, not by the data."""
+    how, _ = data
+    how = replace(how, ingest=how.ingest.model_copy(update={"lanes": 4, "batch_impressions": 9}))
+    for stream in world(how, size):
+        most = 0
+        for epoch in (0, 1):
+            for step in stream.epoch(epoch):
+                if not step.lanes_alive:
+                    break
+                time.sleep(0.002)  # the reader gets as far ahead as it may
+                with stream._buffers.changed:
+                    lanes = stream._buffers.lanes.values()
+                    most = max(most, len({id(taken.packed) for lane in lanes for taken in lane.batches}))
+        assert 0 < most <= 2 * len(stream.lanes) + 1
+
+
+def test_the_default_lanes_are_shared_evenly_by_usual_numbers_of_workers() -> None:
+    lanes = Ingest().lanes
+    for size in (1, 2, 3, 4, 6, 12):
+        assert {len(lanes_of_rank(rank, size, lanes)) for rank in range(size)} == {lanes // size}
 
 
 def test_threads_end(data: tuple[StreamSettings, list[Row]]) -> None:
