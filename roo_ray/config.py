@@ -49,6 +49,8 @@ class Build(Strict):
     way). ``days``: build only these UTC days (``YYYY-MM-DD``), from all their rows in the source; the other days are
     those of the version before; empty: build all days. ``ledger``: whether the sizes of the impression-level form
     sorted by request are measured on all rows (``full``), on a sample of the shards (``sample``) or not (``off``).
+    ``orphan_hours``: on object stores a build removes files older than that which no version names (a killed build
+    left them); no build may last longer. Locally they go at once.
 
     What happens where a check fails (docs/data.md); all is counted in the manifest and its report:
     ``on_request_conflict``: a request-only column varies within a request: ``fail``, or keep the ``first`` /
@@ -74,6 +76,7 @@ class Build(Strict):
     on_leaking_history: Literal["fail", "count", "drop"] = "fail"
     max_empty_history_share: float = Field(default=0.99, ge=0, le=1)
     ledger: Literal["full", "sample", "off"] = "sample"
+    orphan_hours: float = Field(default=168.0, gt=0)
 
 
 class Holdout(Strict):

@@ -52,6 +52,7 @@ from roo_ray.requests.stages import (
     gather,
     readable_failure,
     scatter,
+    scatter_tasks,
 )
 from roo_ray.requests.staging import Runs, pieces_of
 from roo_ray.requests.tasks import Say, run_tasks
@@ -59,10 +60,12 @@ from roo_ray.requests.uniqueness import refuse_repeated_keys, repeated_hashes
 from roo_ray.requests.versions import (
     STAGING,
     discard,
+    is_local,
     new_origin,
     only_writer,
     remove_folder,
     remove_if_empty,
+    remove_orphans,
     remove_strays,
 )
 from roo_ray.sources import open_source
@@ -106,8 +109,10 @@ def build_requests(config: Config, progress: Say) -> Manifest:
         filesystem, staging = open_filesystem(plan.staging)
         published = False
         try:
+            orphans = _remove_orphans(config, progress)
             filesystem.create_dir(staging, recursive=True)
             manifest = _run(plan, units, parent, progress)
+            manifest.counts.update(orphans)
             remove_strays(config.requests, version, manifest)
             publish_manifest(config.requests, manifest)
             published = True
@@ -117,6 +122,15 @@ def build_requests(config: Config, progress: Say) -> Manifest:
             if not published:
                 discard(config.requests, version)
     return manifest
+
+
+def _remove_orphans(config: Config, progress: Say) -> dict[str, int]:
+    """Removes what killed builds have left on an object store; its count, for the manifest."""
+    removed = 0 if is_local(config.requests) else remove_orphans(config.requests, config.build.orphan_hours * 3600)
+    if not removed:
+        return {}
+    progress(f"removed {removed:,} files that killed builds have left")
+    return {"orphan_files_removed": removed}
 
 
 def _refuse_own_input(config: Config, roots: Iterable[str]) -> None:
@@ -155,7 +169,7 @@ def _run(plan: BuildPlan, units: Sequence[ReadUnit], parent: Manifest | None, pr
     plan = replace(plan, exchange=exchange, requests_expected=survey.requests)
 
     progress(f"dealing {wanted:,} {plan.kind} to {len(exchange.shards):,} shards of {len(exchange.days)} days")
-    tasks = [(unit, number) for number, unit in enumerate(inputs)]
+    tasks = [(some, number) for number, some in enumerate(scatter_tasks(inputs, plan.kind))]
     scattered = run_tasks(plan, "dealing", scatter, tasks, progress)
     read = sum(result.impressions for result in scattered)
     progress(f"grouping, checking and writing {read:,} impressions ({len(exchange.shards):,} tasks)")
