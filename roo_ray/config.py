@@ -47,8 +47,10 @@ class Build(Strict):
     ``time``. ``staging_compression`` of the files between the stages: ``auto`` is none on local disks, lz4 on object
     stores. ``keep_aside``: write the rows that join to no request under ``aside/`` (they are counted either
     way). ``days``: build only these UTC days (``YYYY-MM-DD``), from all their rows in the source; the other days are
-    those of the version before; empty: build all days. ``ledger``: whether the sizes of the impression-level form
-    sorted by request are measured on all rows (``full``), on a sample of the shards (``sample``) or not (``off``).
+    those of the version before; empty: build all days. ``check_other_days``: whether a request key of the days that
+    are built may not be in the other days either, whose keys are read for that. ``ledger``: whether the sizes of the
+    impression-level form sorted by request are measured on all rows (``full``), on a sample of the shards (``sample``)
+    or not (``off``).
     ``orphan_hours``: on object stores a build removes files older than that which no version names (a killed build
     left them); no build may last longer. Locally they go at once.
 
@@ -71,6 +73,7 @@ class Build(Strict):
     staging_compression: Literal["auto", "none", "lz4", "zstd"] = "auto"
     keep_aside: bool = True
     days: Days = Field(default_factory=list)
+    check_other_days: bool = True
     on_request_conflict: Literal["fail", "first", "last", "max_time"] = "fail"
     on_duplicate_impression: Literal["fail", "drop"] = "fail"
     on_leaking_history: Literal["fail", "count", "drop"] = "fail"
