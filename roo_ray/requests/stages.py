@@ -270,13 +270,14 @@ def scatter_tasks(inputs: Sequence[ReadUnit | Joined], kind: RowKind) -> list[li
     """Which units one task deals. Impressions of neighbouring units go together, so that fewer copies of their
     request-level columns travel; memory does not grow by that, for a task reads batch after batch."""
     tasks: list[list[ReadUnit | Joined]] = []
-    together = sum(unit.bytes for unit in inputs if isinstance(unit, ReadUnit)) / LEAST_TASKS
+    most = min(sum(unit.bytes for unit in inputs if isinstance(unit, ReadUnit)) / LEAST_TASKS, TASK_BYTES)
     room = 0.0
     for unit in inputs:
-        size = unit.bytes if isinstance(unit, ReadUnit) and kind == "impressions" else together
-        if not tasks or size / 2 > room:
+        size = 0 if isinstance(unit, Joined) else unit.bytes
+        alone = not size or kind == "requests"  # joined, or not an impression each: nothing repeats
+        if not tasks or alone or size / 2 > room:
             tasks.append([])
-            room = min(together, TASK_BYTES)
+            room = most
         tasks[-1].append(unit)
         room -= size
     return tasks
