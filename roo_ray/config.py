@@ -47,8 +47,12 @@ class Build(Strict):
     ``time``. ``staging_compression`` of the files between the stages: ``auto`` is none on local disks, lz4 on object
     stores. ``keep_aside``: write the rows that join to no request under ``aside/`` (they are counted either
     way). ``days``: build only these UTC days (``YYYY-MM-DD``), from all their rows in the source; the other days are
-    those of the version before; empty: build all days. ``ledger``: whether the sizes of the impression-level form
-    sorted by request are measured on all rows (``full``), on a sample of the shards (``sample``) or not (``off``).
+    those of the version before; empty: build all days. ``check_other_days``: whether a request key of the days that
+    are built may not be in the other days either, whose keys are read for that. ``ledger``: whether the sizes of the
+    impression-level form sorted by request are measured on all rows (``full``), on a sample of the shards (``sample``)
+    or not (``off``).
+    ``orphan_hours``: on object stores a build removes files older than that which no version names (a killed build
+    left them); no build may last longer. Locally they go at once.
 
     What happens where a check fails (docs/data.md); all is counted in the manifest and its report:
     ``on_request_conflict``: a request-only column varies within a request: ``fail``, or keep the ``first`` /
@@ -69,11 +73,13 @@ class Build(Strict):
     staging_compression: Literal["auto", "none", "lz4", "zstd"] = "auto"
     keep_aside: bool = True
     days: Days = Field(default_factory=list)
+    check_other_days: bool = True
     on_request_conflict: Literal["fail", "first", "last", "max_time"] = "fail"
     on_duplicate_impression: Literal["fail", "drop"] = "fail"
     on_leaking_history: Literal["fail", "count", "drop"] = "fail"
     max_empty_history_share: float = Field(default=0.99, ge=0, le=1)
     ledger: Literal["full", "sample", "off"] = "sample"
+    orphan_hours: float = Field(default=168.0, gt=0)
 
 
 class Holdout(Strict):

@@ -17,7 +17,7 @@ from roo_ray.errors import DataError
 from roo_ray.requests.report import FAIL, Finding, require_passed
 from roo_ray.schema import Schema
 from roo_ray.sources.columns import as_array, list_parts, offsets_of, take_rows
-from roo_ray.sources.compare import Ints, Mask, differing_rows, digest_rows, same_as_previous, sort_codes
+from roo_ray.sources.compare import Ints, differing_rows, digest_rows, same_as_previous, sort_codes
 
 NUM_IMPRESSIONS = "num_impressions"
 OnConflict = Literal["fail", "first", "last", "max_time"]
@@ -70,24 +70,6 @@ def group_with_findings(
     """
     copies, impressions = table.select(schema.request_columns), table.select(schema.impression_columns)
     return group_parts(copies, impressions, np.arange(table.num_rows), schema, on_conflict)
-
-
-def share_copies(table: pa.Table, schema: Schema, order: Ints, starts: Mask) -> tuple[Mask, Ints]:
-    """Which rows, in ``order``, say the same in all request-level columns as the first of their run. ``starts``
-    (rows,): where, in order, a run of rows begins that may be alike.
-
-    Returns (rows,) which rows, in order, keep their copy, and (rows,) whose copy each uses, counted among the kept
-    ones. Values are compared, so that a conflict within a request is never lost.
-    """
-    first = np.flatnonzero(starts)[np.cumsum(starts) - 1]  # (rows,) the first row of each row's run
-    alike = np.flatnonzero(~starts)
-    for name in schema.request_columns:
-        alike = alike[~differing_rows(table.column(name), order[alike], order[first[alike]])]
-    keeps = np.ones(len(order), np.bool_)
-    keeps[alike] = False
-    copy: Ints = np.cumsum(keeps) - 1
-    copy[alike] = copy[first[alike]]
-    return keeps, copy
 
 
 def group_parts(

@@ -52,17 +52,20 @@ from roo_ray.requests.stages import (
     gather,
     readable_failure,
     scatter,
+    scatter_tasks,
 )
 from roo_ray.requests.staging import Runs, pieces_of
 from roo_ray.requests.tasks import Say, run_tasks
-from roo_ray.requests.uniqueness import refuse_repeated_keys, repeated_hashes
+from roo_ray.requests.uniqueness import refuse_repeated_keys, repeated_hashes, stage_kept_hashes
 from roo_ray.requests.versions import (
     STAGING,
     discard,
+    is_local,
     new_origin,
     only_writer,
     remove_folder,
     remove_if_empty,
+    remove_orphans,
     remove_strays,
 )
 from roo_ray.sources import open_source
@@ -72,6 +75,7 @@ from roo_ray.storage import join_path, open_filesystem, without_secrets
 
 MOST_BUCKETS = 4096
 COUNTED_HERE = 4_000_000
+KEPT_FILES = 16  # of other days, whose keys one task reads
 
 
 def build_requests(config: Config, progress: Say) -> Manifest:
@@ -106,8 +110,10 @@ def build_requests(config: Config, progress: Say) -> Manifest:
         filesystem, staging = open_filesystem(plan.staging)
         published = False
         try:
+            orphans = _remove_orphans(config, progress)
             filesystem.create_dir(staging, recursive=True)
             manifest = _run(plan, units, parent, progress)
+            manifest.counts.update(orphans)
             remove_strays(config.requests, version, manifest)
             publish_manifest(config.requests, manifest)
             published = True
@@ -117,6 +123,15 @@ def build_requests(config: Config, progress: Say) -> Manifest:
             if not published:
                 discard(config.requests, version)
     return manifest
+
+
+def _remove_orphans(config: Config, progress: Say) -> dict[str, int]:
+    """Removes what killed builds have left on an object store; its count, for the manifest."""
+    removed = 0 if is_local(config.requests) else remove_orphans(config.requests, config.build.orphan_hours * 3600)
+    if not removed:
+        return {}
+    progress(f"removed {removed:,} files that killed builds have left")
+    return {"orphan_files_removed": removed}
 
 
 def _refuse_own_input(config: Config, roots: Iterable[str]) -> None:
@@ -152,10 +167,11 @@ def _run(plan: BuildPlan, units: Sequence[ReadUnit], parent: Manifest | None, pr
         wanted = sum(by_day.get(day, 0) for day in plan.build.days)
         counts["rows_outside_days"] = survey.total_rows - wanted
         progress(f"{survey.total_rows - wanted:,} {plan.kind} are of other days than build.days and stay out")
-    plan = replace(plan, exchange=exchange, requests_expected=survey.requests)
+    of_other_days = parent.requests if parent is not None else 0
+    plan = replace(plan, exchange=exchange, requests_expected=survey.requests + of_other_days)
 
     progress(f"dealing {wanted:,} {plan.kind} to {len(exchange.shards):,} shards of {len(exchange.days)} days")
-    tasks = [(unit, number) for number, unit in enumerate(inputs)]
+    tasks = [(some, number) for number, some in enumerate(scatter_tasks(inputs, plan.kind))]
     scattered = run_tasks(plan, "dealing", scatter, tasks, progress)
     read = sum(result.impressions for result in scattered)
     progress(f"grouping, checking and writing {read:,} impressions ({len(exchange.shards):,} tasks)")
@@ -163,7 +179,7 @@ def _run(plan: BuildPlan, units: Sequence[ReadUnit], parent: Manifest | None, pr
     gathered = run_tasks(plan, "writing", gather, [(task,) for task in shard_tasks], progress)
     findings = merge_findings(result.findings for result in gathered)
     require_passed(findings)
-    findings.append(_verify(plan, gathered, findings, progress))
+    findings.append(_verify(plan, gathered, findings, parent, progress))
 
     files = [file for result in gathered for file in result.files]
     written = counts_of(findings) | {
@@ -285,11 +301,25 @@ def _shard_tasks(plan: BuildPlan, scattered: Sequence[Scattered]) -> list[ShardT
     return tasks
 
 
-def _verify(plan: BuildPlan, gathered: Sequence[Gathered], findings: Sequence[Finding], progress: Say) -> Finding:
-    """The finding that no request key is in more than one bucket. Raises CheckFailed, with all ``findings``, where
-    one is."""
+def _verify(
+    plan: BuildPlan, gathered: Sequence[Gathered], findings: Sequence[Finding], parent: Manifest | None, progress: Say
+) -> Finding:
+    """The finding that no request key is in more than one bucket, nor in a day that ``parent`` keeps. Raises
+    CheckFailed, with all ``findings``, where one is."""
     ranges = plan.key_ranges
-    staged = {part.keys.name: (index, part.keys) for index, part in enumerate(gathered) if part.keys}
+    files_of = [part.files for part in gathered]
+    runs = {index: part.keys for index, part in enumerate(gathered) if part.keys}
+    if parent is not None and plan.build.check_other_days:
+        kept = [file for file in parent.files if file.day not in set(plan.build.days)]
+        parts = [kept[at : at + KEPT_FILES] for at in range(0, len(kept), KEPT_FILES)]
+        keys_of = plan.schema.keys.request
+        # staged under numbers that no shard has
+        first = max([len(plan.exchange.shards) if plan.exchange else 0, len(gathered)])
+        tasks = [(plan.data_set, keys_of, first + at, some, ranges) for at, some in enumerate(parts)]
+        others = run_tasks(plan, "reading keys of other days", stage_kept_hashes, tasks, progress)
+        runs |= {len(files_of) + at: run for at, run in enumerate(others)}
+        files_of += parts
+    staged = {run.name: (index, run) for index, run in runs.items()}
     pieces = pieces_of([keys for _, keys in staged.values()], ranges)
     if ranges == 1:
         found = [repeated_hashes(plan, pieces[0])]
@@ -304,7 +334,7 @@ def _verify(plan: BuildPlan, gathered: Sequence[Gathered], findings: Sequence[Fi
     keys = ", ".join(plan.schema.keys.request)
     unique = Finding("request key of two users or days", keys, requests, "requests", 0, FAIL)
     try:
-        refuse_repeated_keys(plan.data_set, plan.schema, repeated, [part.files for part in gathered])
+        refuse_repeated_keys(plan.data_set, plan.schema, repeated, files_of)
     except DataError as error:
         failed = replace(unique, found=1, problem=str(error))
         raise CheckFailed(str(error), [failed, *findings]) from None

@@ -9,7 +9,7 @@ bucket; memory is that of a few buckets.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 
 from roo_ray.config import Build
 from roo_ray.errors import DataError, RooError
+from roo_ray.requests.copies import Dealt, SharedCopies
 from roo_ray.requests.examine import examine_requests
 from roo_ray.requests.exchange import Exchange, Shard, Survey, add_surveys, survey_rows
-from roo_ray.requests.grouping import NUM_IMPRESSIONS, group_parts, require_keys, share_copies
+from roo_ray.requests.grouping import NUM_IMPRESSIONS, group_parts, require_keys
 from roo_ray.requests.ledger import Sizes, add_sizes, measure_bucket
 from roo_ray.requests.manifest import ShardFile
 from roo_ray.requests.report import FAIL, Finding, merge_findings, stops_writing
@@ -31,13 +32,15 @@ from roo_ray.requests.uniqueness import ranges_for, stage_hashes
 from roo_ray.schema import Schema
 from roo_ray.sources.base import JoinedSource, KeyedSource, ReadUnit, RowKind, Source
 from roo_ray.sources.columns import as_array, list_parts
-from roo_ray.sources.compare import Ints, Mask
+from roo_ray.sources.compare import Ints
 from roo_ray.sources.hashing import Hashes, hash_array, hash_rows
 from roo_ray.sources.times import epoch_seconds, utc_days
 from roo_ray.storage import open_filesystem
 
 COPY_OF = "_copy_of"
 ACCUMULATED = 2  # buckets' worth of request rows that are written together
+SHARED_BUCKETS = 3  # buckets' worth of copies in which a task finds those that it has staged
+LEAST_TASKS, TASK_BYTES = 4, 1_000_000_000  # of the log in memory that one task deals
 ASIDE = "aside"
 REFUSED = "REFUSED"
 
@@ -217,14 +220,15 @@ def count(plan: BuildPlan, unit: ReadUnit) -> Survey:
     return replace(add_surveys(parts), bytes=unit.bytes)
 
 
-def _rows_of(plan: BuildPlan, unit: ReadUnit | Joined) -> Iterator[pa.Table]:
-    """The unit's rows of the days that are built."""
-    tables: Iterator[pa.Table]
+def _batches_of(plan: BuildPlan, unit: ReadUnit | Joined) -> Iterator[pa.Table]:
     if isinstance(unit, Joined):
-        tables = (pa.Table.from_batches([batch]) for batch in read_staged(plan.staging, unit.name))
-    else:
-        tables = plan.source.batches(unit)
-    for table in tables:
+        return (pa.Table.from_batches([batch]) for batch in read_staged(plan.staging, unit.name))
+    return plan.source.batches(unit)
+
+
+def _rows_of(plan: BuildPlan, units: Sequence[ReadUnit | Joined]) -> Iterator[pa.Table]:
+    """The units' rows of the days that are built."""
+    for table in (table for unit in units for table in _batches_of(plan, unit)):
         if plan.days:
             require_keys(table, plan.schema)
             days = utc_days(epoch_seconds(table.column(plan.schema.keys.time), plan.schema.keys.time))
@@ -233,48 +237,63 @@ def _rows_of(plan: BuildPlan, unit: ReadUnit | Joined) -> Iterator[pa.Table]:
             yield table
 
 
-def scatter(plan: BuildPlan, unit: ReadUnit | Joined, number: int) -> Scattered:
-    """Deals the rows of a unit to the exchange's buckets. Impressions of one request in one table share a copy of
-    the request-level columns. Raises DataError for a file that cannot be read and null keys."""
+def scatter(plan: BuildPlan, units: Sequence[ReadUnit | Joined], number: int) -> Scattered:
+    """Deals the rows of some units to the exchange's buckets. Impressions of one request share a copy of the
+    request-level columns (``copies``). Raises DataError for a file that cannot be read and null keys."""
     exchange, schema, types = plan.exchange, plan.schema, plan.source.row_schema
     assert exchange is not None
     rows = impressions = 0
     if plan.kind == "requests":
         with StagingWriter(plan.staging, f"rows-{number:06d}.arrow", types, plan.codec) as writer:
-            for table in _rows_of(plan, unit):
-                order, buckets, bounds, _ = _dealt(exchange, table, schema)
-                writer.write_sorted(table.take(pa.array(order)), buckets, bounds)
+            for table in _rows_of(plan, units):
+                dealt = _dealt(exchange, table, schema)
+                writer.write_sorted(table.take(pa.array(dealt.order)), *_parts(dealt.buckets))
                 rows += table.num_rows
                 impressions += int(list_parts(as_array(table.column(schema.impression_columns[0])))[0].sum())
             return Scattered(rows, impressions, writer.runs, None)
+    shared = SharedCopies(schema, exchange.buckets, SHARED_BUCKETS * plan.build.bucket_bytes)
     with (
         StagingWriter(plan.staging, f"copies-{number:06d}.arrow", plan.copy_types, plan.codec) as copies,
         StagingWriter(plan.staging, f"impressions-{number:06d}.arrow", plan.own_types, plan.codec) as own,
     ):
-        for table in _rows_of(plan, unit):
-            order, buckets, bounds, starts = _dealt(exchange, table, schema)
-            shared = table.select(schema.request_columns)
-            keeps, copy = share_copies(shared, schema, order, starts)
-            copy_bounds = np.append(np.cumsum(keeps) - keeps, keeps.sum())[bounds]
-            copies.write_sorted(shared.take(pa.array(order[keeps])), buckets, copy_bounds)
-            local = copy - np.repeat(copy_bounds[:-1], np.diff(bounds))  # counted within the bucket
-            rest = table.select(schema.impression_columns).take(pa.array(order))
-            own.write_sorted(rest.append_column(COPY_OF, [local.astype(np.int32)]), buckets, bounds)
+        for table in _rows_of(plan, units):
+            dealt = _dealt(exchange, table, schema)
+            keeps, copy, kept = shared.share(table.select(schema.request_columns), dealt)
+            copies.write_sorted(kept, *_parts(dealt.buckets[keeps]))
+            rest = table.select(schema.impression_columns).take(pa.array(dealt.order))
+            own.write_sorted(rest.append_column(COPY_OF, [copy.astype(np.int32)]), *_parts(dealt.buckets))
             rows += table.num_rows
         return Scattered(rows, rows, copies.runs, own.runs)
 
 
-def _dealt(exchange: Exchange, table: pa.Table, schema: Schema) -> tuple[Ints, Ints, Ints, Mask]:
-    """(rows,) the order by bucket and request; (parts,) the bucket of each part; (parts + 1,) their bounds in that
-    order; (rows,) where, in that order, another request may begin."""
+def scatter_tasks(inputs: Sequence[ReadUnit | Joined], kind: RowKind) -> list[list[ReadUnit | Joined]]:
+    """Which units one task deals. Impressions of neighbouring units go together, so that fewer copies of their
+    request-level columns travel; memory does not grow by that, for a task reads batch after batch."""
+    tasks: list[list[ReadUnit | Joined]] = []
+    most = min(sum(unit.bytes for unit in inputs if isinstance(unit, ReadUnit)) / LEAST_TASKS, TASK_BYTES)
+    room = 0.0
+    for unit in inputs:
+        size = 0 if isinstance(unit, Joined) else unit.bytes
+        alone = not size or kind == "requests"  # joined, or not an impression each: nothing repeats
+        if not tasks or alone or size / 2 > room:
+            tasks.append([])
+            room = most
+        tasks[-1].append(unit)
+        room -= size
+    return tasks
+
+
+def _dealt(exchange: Exchange, table: pa.Table, schema: Schema) -> Dealt:
     days, users, requests = key_hashes(table, schema)
     bucket = exchange.bucket_of(days, users, requests)
     order = np.lexsort([requests, bucket])
-    ordered, hashes = bucket[order], requests[order]
-    part_starts = np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]
-    bounds = np.flatnonzero(part_starts)
-    starts = part_starts | np.append(True, hashes[1:] != hashes[:-1])[: len(ordered)]
-    return order, ordered[bounds], np.append(bounds, len(ordered)), starts
+    return Dealt(order, bucket[order], requests[order])
+
+
+def _parts(buckets: Ints) -> tuple[Ints, Ints]:
+    """(parts,) the values of ``buckets``, which is sorted, and (parts + 1,) where each begins and the end."""
+    starts = np.flatnonzero(np.append(True, buckets[1:] != buckets[:-1])[: len(buckets)])
+    return buckets[starts], np.append(starts, len(buckets))
 
 
 # ---- gather --------------------------------------------------------------------------------------
@@ -323,16 +342,20 @@ def _grouped(plan: BuildPlan, task: ShardTask, number: int) -> tuple[pa.Table, i
         requests = table.append_column(NUM_IMPRESSIONS, pa.array(lengths.astype(np.int32)))
         keys_known = Finding("null request key", ", ".join(plan.schema.keys.request), len(lengths), "requests", 0, FAIL)
         return requests.select([*plan.schema.columns, NUM_IMPRESSIONS]), table.num_rows, [keys_known]
-    copies = list(read_pieces(plan.staging, task.copies[number]))
-    own = list(read_pieces(plan.staging, task.impressions[number]))
-    before = np.cumsum([0, *(batch.num_rows for batch in copies)])[:-1]  # batches of the two go together
-    copy_of = [np.asarray(batch.column(COPY_OF)).astype(np.int64) + at for batch, at in zip(own, before, strict=True)]
+    copies: list[pa.RecordBatch] = []
+    own: list[pa.RecordBatch] = []
+    copy_of = [np.zeros(0, np.int64)]
+    before = 0
+    for copies_piece, own_piece in zip(task.copies[number], task.impressions[number], strict=True):
+        its = list(read_pieces(plan.staging, [own_piece]))  # numbered within the copies of the same task
+        copy_of += [np.asarray(batch.column(COPY_OF)).astype(np.int64) + before for batch in its]
+        more = list(read_pieces(plan.staging, [copies_piece]))
+        before += sum(batch.num_rows for batch in more)
+        own, copies = own + its, copies + more
     shared = pa.Table.from_batches(copies, plan.copy_types).combine_chunks()
     rest = pa.Table.from_batches(own, plan.own_types).drop_columns([COPY_OF]).combine_chunks()
     del copies, own
-    requests, findings = group_parts(
-        shared, rest, np.concatenate([np.zeros(0, np.int64), *copy_of]), plan.schema, plan.build.on_request_conflict
-    )
+    requests, findings = group_parts(shared, rest, np.concatenate(copy_of), plan.schema, plan.build.on_request_conflict)
     return requests, rest.num_rows, findings
 
 

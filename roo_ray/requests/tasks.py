@@ -40,8 +40,6 @@ def _run_task(batch: pa.Table, plan: HasStaging, what: str) -> pa.Table:
         kind = "refused" if isinstance(readable, BadInput) else "failed"
         trace = "" if isinstance(error, RooError) else f"\n{traceback.format_exc()}"
         outcome = (kind, str(readable) if kind == "refused" else f"{readable}{trace}")
-    finally:
-        pa.default_memory_pool().release_unused()
     return pa.table({"number": [number], "outcome": [pickle.dumps(outcome)]})
 
 

@@ -53,6 +53,18 @@ def stage_hashes(staging: str, shard: int, hashes: Hashes, ranges: int) -> Runs:
         return writer.runs
 
 
+def stage_kept_hashes(
+    plan: HasStaging, data_set: str, columns: Sequence[str], number: int, files: Sequence[ShardFile], ranges: int
+) -> Runs:
+    """``stage_hashes`` of the request keys (``columns``) of files that an earlier version has written."""
+    filesystem, base = open_filesystem(data_set)
+    hashes = [np.zeros(0, np.uint64)]
+    for file in files:
+        with pq.ParquetFile(filesystem.open_input_file(f"{base}/{file.path}")) as opened:
+            hashes.append(hash_rows(opened.read(columns), columns))
+    return stage_hashes(plan.staging, number, np.concatenate(hashes), ranges)
+
+
 def repeated_hashes(plan: HasStaging, pieces: Sequence[Piece]) -> list[tuple[int, list[int]]]:
     """(hash, positions in ``pieces`` that hold it) for the first hashes of a range that come twice."""
     parts = [np.asarray(batch.column(0)) for batch in read_pieces(plan.staging, pieces)]

@@ -184,6 +184,28 @@ def discard(data_set: str, version: NextVersion) -> None:
         remove_if_empty(filesystem, f"{base}/{part}")
 
 
+def remove_orphans(data_set: str, seconds: float) -> int:
+    """Removes the files that killed writers left on an object store, where no lock tells a killed writer from one at
+    work: files between stages, data and rows kept aside that no version names, last written more than ``seconds``
+    ago. Returns how many. A build must not last longer than that."""
+    filesystem, base = open_filesystem(data_set)
+    old: list[str] = []
+    before = datetime.datetime.now(datetime.timezone.utc).timestamp() - seconds
+    for part in (STAGING, *DATA_PARTS):
+        found = filesystem.get_file_info(pafs.FileSelector(f"{base}/{part}", recursive=True, allow_not_found=True))
+        files = [item for item in found if item.type == pafs.FileType.File and item.mtime_ns is not None]
+        old += [item.path for item in files if item.mtime_ns < before * 1e9]
+    if not old:
+        return 0
+    # read after the listing: what was published in between is named here
+    versions = [read_version(data_set, version) for version in manifest_versions(data_set)]
+    named = {path for item in versions for path in (named_files(item) if isinstance(item, Manifest) else item.files)}
+    orphans = [path for path in old if path[len(base) + 1 :] not in named]
+    for path in orphans:
+        filesystem.delete_file(path)
+    return len(orphans)
+
+
 def remove_folder(filesystem: pafs.FileSystem, folder: str) -> None:
     """Removes a folder, if it is there."""
     if filesystem.get_file_info(folder).type == pafs.FileType.Directory:

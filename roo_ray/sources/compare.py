@@ -77,35 +77,59 @@ def _is_hashable(kind: pa.DataType) -> bool:
     return any(check(kind) for check in checks)
 
 
-def differing_rows(column: pa.Array | pa.ChunkedArray, left: Ints, right: Ints) -> Mask:
-    """(N,) bool: whether the values at rows ``left`` (N,) and ``right`` (N,) differ; values are compared, never
-    hashes of them. Lists are compared element by element, in slices of bounded memory."""
+def differing_rows(
+    column: pa.Array | pa.ChunkedArray, left: Ints, right: Ints, other: pa.Array | pa.ChunkedArray | None = None
+) -> Mask:
+    """(N,) bool: whether the values at rows ``left`` (N,) of a column and at rows ``right`` (N,) of ``other``, of
+    the same type (default: the same column), differ; values are compared, never hashes of them. Lists are compared
+    element by element, in slices of bounded memory."""
     array = as_array(column)
+    second = array if other is None else as_array(other)
     kind = array.type
     if is_list(kind):
-        return _differing_lists(array, left, right)
+        return _differing_lists(array, left, second, right)
     if pa.types.is_struct(kind):
-        differs: Mask = _null_mask(array)[left] != _null_mask(array)[right]
-        for field in array.flatten():
-            differs |= differing_rows(field, left, right)
+        differs: Mask = _null_mask(array)[left] != _null_mask(second)[right]
+        for field, its in zip(array.flatten(), second.flatten(), strict=True):
+            differs |= differing_rows(field, left, right, its)
         return differs
     if pa.types.is_null(kind):
         return np.zeros(len(left), np.bool_)
     if pa.types.is_timestamp(kind) or pa.types.is_date64(kind) or pa.types.is_time64(kind):
-        array = array.cast(pa.int64())
+        kind = pa.int64()
     elif pa.types.is_boolean(kind):
-        array = array.cast(pa.int8())
+        kind = pa.int8()
     elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-        array = array.dictionary_encode().indices
-    values = np.asarray(pc.fill_null(array, pa.scalar(0, array.type)) if array.null_count else array)
-    a, b = values[left], values[right]
+        return _differing_codes(array, left, second, right)
+    a, b = _numbers(array, kind)[left], _numbers(second, kind)[right]
     unequal: Mask = a != b
-    if pa.types.is_floating(array.type):
+    if pa.types.is_floating(kind):
         unequal &= ~(np.isnan(a) & np.isnan(b))
-    if array.null_count:
-        nulls = _null_mask(array)
-        unequal = np.where(nulls[left] | nulls[right], nulls[left] != nulls[right], unequal)
-    return unequal
+    return _unequal_or_null(unequal, array, left, second, right)
+
+
+def _numbers(array: pa.Array, kind: pa.DataType) -> npt.NDArray[Any]:
+    numbers = array if array.type == kind else array.cast(kind)
+    return np.asarray(pc.fill_null(numbers, pa.scalar(0, kind)) if numbers.null_count else numbers)
+
+
+def _differing_codes(array: pa.Array, left: Ints, other: pa.Array, right: Ints) -> Mask:
+    """``differing_rows`` of text and other values that Arrow can only encode."""
+    if other is array:
+        codes = _numbers(array.dictionary_encode().indices, pa.int32())
+        unequal: Mask = codes[left] != codes[right]
+    else:
+        both = pa.concat_arrays([array.take(pa.array(left)), other.take(pa.array(right))])
+        codes = _numbers(both.dictionary_encode().indices, pa.int32())
+        unequal = codes[: len(left)] != codes[len(left) :]
+    return _unequal_or_null(unequal, array, left, other, right)
+
+
+def _unequal_or_null(unequal: Mask, array: pa.Array, left: Ints, other: pa.Array, right: Ints) -> Mask:
+    if not (array.null_count or other.null_count):
+        return unequal
+    here, there = _null_mask(array)[left], _null_mask(other)[right]
+    return np.where(here | there, here != there, unequal)
 
 
 def _null_mask(array: pa.Array) -> Mask:
@@ -113,52 +137,63 @@ def _null_mask(array: pa.Array) -> Mask:
     return mask
 
 
-def _differing_lists(array: pa.Array, left: Ints, right: Ints) -> Mask:
+def _differing_lists(array: pa.Array, left: Ints, other: pa.Array, right: Ints) -> Mask:
     lengths, values = list_parts(array)
     starts = np.cumsum(lengths) - lengths
-    differs: Mask = lengths[left] != lengths[right]
-    if array.null_count:
-        differs |= _null_mask(array)[left] != _null_mask(array)[right]
-    rows = np.flatnonzero(~differs & (left != right) & (lengths[left] > 0))
-    rows = rows[~_same_bytes(values, starts[left[rows]], starts[right[rows]], lengths[left[rows]])]
+    its_lengths, its_values = (lengths, values) if other is array else list_parts(other)
+    its_starts = np.cumsum(its_lengths) - its_lengths
+    differs: Mask = lengths[left] != its_lengths[right]
+    if array.null_count or other.null_count:
+        differs |= _null_mask(array)[left] != _null_mask(other)[right]
+    apart = left != right if other is array else True
+    rows = np.flatnonzero(~differs & apart & (lengths[left] > 0))
+    at, its_at = starts[left[rows]], its_starts[right[rows]]
+    known = _same_bytes(values, at, its_values, its_at, lengths[left[rows]])
+    rows, at, its_at = rows[~known], at[~known], its_at[~known]
     sizes = lengths[left[rows]]
     ends = np.cumsum(sizes)
     begin = 0
     while begin < len(rows):
         done = ends[begin - 1] if begin else 0
         end = max(begin + 1, int(np.searchsorted(ends, done + TOKENS_AT_ONCE, side="right")))
-        some, size = rows[begin:end], sizes[begin:end]
+        size = sizes[begin:end]
         first = np.cumsum(size) - size
-        index_left = np.repeat(starts[left[some]] - first, size) + np.arange(int(size.sum()))
-        index_right = index_left + np.repeat(starts[right[some]] - starts[left[some]], size)
-        differs[some] = np.logical_or.reduceat(differing_rows(values, index_left, index_right), first)
+        index = np.repeat(at[begin:end] - first, size) + np.arange(int(size.sum()))
+        its_index = index + np.repeat(its_at[begin:end] - at[begin:end], size)
+        unequal = differing_rows(values, index, its_index, its_values)
+        differs[rows[begin:end]] = np.logical_or.reduceat(unequal, first)
         begin = end
     return differs
 
 
-def _same_bytes(values: pa.Array, left: Ints, right: Ints, lengths: Ints) -> Mask:
-    """(N,) bool: whether the ``lengths`` values from positions ``left`` and from ``right`` have equal bytes, and so
-    are equal. False where that is not known: for text, nested and null values. Rows of one length are compared as
-    one block, which is many times faster than value by value."""
+def _same_bytes(values: pa.Array, left: Ints, other: pa.Array, right: Ints, lengths: Ints) -> Mask:
+    """(N,) bool: whether the ``lengths`` values from positions ``left`` of ``values`` and from ``right`` of
+    ``other`` have equal bytes, and so are equal. False where that is not known: for text, nested and null values.
+    Rows of one length are compared as one block, which is many times faster than value by value."""
     same = np.zeros(len(lengths), np.bool_)
     kind = values.type
     plain = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_temporal(kind)
-    if not plain or values.null_count or not len(lengths):
+    if not plain or values.null_count or other.null_count or not len(lengths):
         return same
     width = kind.bit_width // 8
-    numbers = np.frombuffer(values.buffers()[1], f"u{width}")[values.offset :][: len(values)]
     order = np.argsort(lengths, kind="stable")
     ordered = lengths[order]
     bounds = [*np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])).tolist(), len(order)]
     for begin, end in pairwise(bounds):
         length = int(ordered[begin])
-        shape = (len(numbers) - length + 1, length)
-        windows: npt.NDArray[Any] = np.ndarray(shape, numbers.dtype, numbers, strides=(width, width))
+        ours, its = _windows(values, width, length), _windows(other, width, length)
         at_once = max(1, TOKENS_AT_ONCE // length)
         for at in range(begin, end, at_once):
             some = order[at : min(at + at_once, end)]
-            same[some] = (windows[left[some]] == windows[right[some]]).all(axis=1)
+            same[some] = (ours[left[some]] == its[right[some]]).all(axis=1)
     return same
+
+
+def _windows(values: pa.Array, width: int, length: int) -> npt.NDArray[Any]:
+    """(len - length + 1, length) view of the bytes of plain values: the ``length`` values from each position."""
+    numbers = np.frombuffer(values.buffers()[1], f"u{width}")[values.offset :][: len(values)]
+    shape = (len(numbers) - length + 1, length)
+    return np.ndarray(shape, numbers.dtype, numbers, strides=(width, width))
 
 
 def same_as_previous(codes: Sequence[Ints], order: Ints) -> Mask:

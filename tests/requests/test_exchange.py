@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from roo_ray.config import Build
 from roo_ray.errors import DataError
 from roo_ray.requests.exchange import Exchange, Survey, add_surveys, plan_exchange, survey_rows
+from roo_ray.requests.stages import Joined, scatter_tasks
+from roo_ray.sources.base import ReadUnit
 from roo_ray.sources.hashing import mix64
 
 
@@ -103,3 +105,16 @@ def test_what_cannot_be() -> None:
     some = survey_of(log_of(0, 10, 3, 1), 100)
     with pytest.raises(DataError, match="source's files changed during the build"):
         plan_exchange(some, Build(), True).bucket_of(np.array([5]), zeros[:1], zeros[:1])
+
+
+@given(st.lists(st.integers(1, 900_000_000), max_size=60))
+def test_a_task_deals_neighbouring_units(sizes: list[int]) -> None:
+    units = [ReadUnit(number, "", "", (0,), "impressions", 1, size) for number, size in enumerate(sizes)]
+    tasks = scatter_tasks(units, "impressions")
+    assert [unit for some in tasks for unit in some] == units  # each once, in order
+    most = min(sum(sizes) / 4, 1_000_000_000)
+    for some in tasks:
+        assert sum(unit.bytes for unit in some[:-1]) + some[-1].bytes / 2 <= max(most, some[0].bytes)
+    assert scatter_tasks(units, "requests") == [[unit] for unit in units]
+    joined = [Joined(str(number), add_surveys([])) for number in range(3)]
+    assert scatter_tasks(joined, "impressions") == [[unit] for unit in joined]

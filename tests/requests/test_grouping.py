@@ -2,7 +2,7 @@
 
 import datetime
 import random
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roo_ray.errors import DataError
+from roo_ray.requests.copies import Dealt, SharedCopies
 from roo_ray.requests.grouping import (
     explode_in_slices,
     explode_requests,
@@ -18,7 +19,6 @@ from roo_ray.requests.grouping import (
     group_parts,
     group_with_findings,
     request_row_schema,
-    share_copies,
 )
 from roo_ray.requests.report import counts_of
 from roo_ray.schema import parse_schema
@@ -227,9 +227,9 @@ def test_long_lists_are_compared_in_slices(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @settings(max_examples=60, deadline=None)
-@given(impression_logs(), st.integers(1, 4), st.sampled_from(["first", "last"]))
+@given(impression_logs(), st.integers(1, 4), st.sampled_from(["first", "last"]), st.sampled_from([1, 500, 10_000_000]))
 def test_shared_copies_group_as_whole_rows_do(
-    rows: list[dict[str, object]], tables: int, on_conflict: Literal["first", "last"]
+    rows: list[dict[str, object]], tables: int, on_conflict: Literal["first", "last"], most_bytes: int
 ) -> None:
     """Dealt in several tables, with one copy of what equal rows share: the same requests and conflicts."""
     for number, row in enumerate(rows):
@@ -237,31 +237,81 @@ def test_shared_copies_group_as_whole_rows_do(
         row["user"] = 1
     table = table_of(rows).select(SCHEMA.columns)
     expected = group_with_findings(table, SCHEMA, on_conflict)
-    copies, impressions, copy_of, found = [], [], [], 0
+    shared = SharedCopies(SCHEMA, 1, most_bytes)
+    copies, impressions, copy_of = [], [], []
     for part in np.array_split(np.arange(len(rows)), tables):
         some = table.take(pa.array(part, pa.int64()))
         hashes = hash_rows(some, ["rid"])  # coarser than the request key: runs may hold several requests
         order = np.argsort(hashes, kind="stable")
-        starts = np.append(True, hashes[order][1:] != hashes[order][:-1])[: len(order)]
-        keeps, copy = share_copies(some.select(SCHEMA.request_columns), SCHEMA, order, starts)
-        copies.append(some.select(SCHEMA.request_columns).take(pa.array(order[keeps])))
+        dealt = Dealt(order, np.zeros(len(part), np.int64), hashes[order])
+        keeps, copy, kept = shared.share(some.select(SCHEMA.request_columns), dealt)
+        assert kept.num_rows == keeps.sum()
+        copies.append(kept)
         impressions.append(some.select(SCHEMA.impression_columns).take(pa.array(order)))
-        copy_of.append(copy + found)
-        found += int(keeps.sum())
+        copy_of.append(copy)
     parts = [pa.concat_tables(copies), pa.concat_tables(impressions)]
     result = group_parts(*parts, np.concatenate(copy_of).astype(np.int64), SCHEMA, on_conflict)
     assert repr(result[0].to_pylist()) == repr(expected[0].to_pylist())
     assert result[1] == expected[1]
 
 
-def test_equal_rows_of_a_table_share_one_copy() -> None:
+def shared_of(tables: list[tuple[pa.Table, list[int]]], most_bytes: int = 10_000_000) -> list[tuple[list[int], ...]]:
+    """For each (table, bucket of each row), by request r: the rows that keep their copy, and each row's copy."""
+    shared = SharedCopies(SCHEMA, 2, most_bytes)
+    results = []
+    for table, buckets in tables:
+        hashes, of = hash_rows(table, ["rid"]), np.array(buckets)
+        order = np.lexsort([hashes, of])
+        keeps, copy, _ = shared.share(table.select(SCHEMA.request_columns), Dealt(order, of[order], hashes[order]))
+        back = np.argsort(order)
+        results.append((np.flatnonzero(keeps[back]).tolist(), copy[back].tolist()))
+    return results
+
+
+def test_equal_rows_share_one_copy_over_all_tables_of_a_task() -> None:
     rows = [impression_row(request_row(n), item) for n in range(3) for item in range(5)]
     rows[7]["note"] = "differs"
-    table = table_of(rows).select(SCHEMA.request_columns)
-    starts = np.arange(15) % 5 == 0
-    keeps, copy = share_copies(table, SCHEMA, np.arange(15), starts)
-    assert np.flatnonzero(keeps).tolist() == [0, 5, 7, 10]
-    assert copy.tolist() == [0] * 5 + [1, 1, 2, 1, 1] + [3] * 5
+    table = table_of(rows)
+    [(first, copy), (second, copy_again)] = shared_of([(table, [0] * 15), (table, [0] * 15)])
+    assert set(first) == {0, 5, 7, 10}
+    assert [len(set(copy[:5])), len(set(copy[10:])), len(set(copy[5:7] + copy[8:10]))] == [1, 1, 1]
+    assert sorted(set(copy)) == [0, 1, 2, 3]
+    assert second == [7]  # not what is known of its request: kept again
+    assert copy_again[7] == 4
+    assert copy_again[:7] + copy_again[8:] == copy[:7] + copy[8:]
+
+
+def test_a_known_copy_is_of_the_same_bucket_and_forgotten_in_time() -> None:
+    table = table_of([impression_row(request_row(n), 1) for n in range(4)])
+    moved = shared_of([(table, [0, 0, 1, 1]), (table, [0, 0, 1, 0])])
+    assert moved[1][0] == [3]
+    assert moved[1][1][3] == 2  # the third copy of bucket 0
+    assert shared_of([(table, [0] * 4), (table, [0] * 4)], most_bytes=1)[1][0] == [0, 1, 2, 3]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([None, "a", "b", ""]),
+            st.sampled_from([None, 1.5, float("nan"), -0.0, 0.0]),
+            st.none() | st.lists(st.sampled_from([None, 1, 2]), max_size=3),
+            st.none() | st.lists(st.sampled_from(["x", "y"]), max_size=2),
+            st.sampled_from([None, True, False]),
+        ),
+        min_size=2,
+        max_size=12,
+    ),
+    st.integers(1, 11),
+)
+def test_rows_of_two_columns_compare_as_of_one(rows: list[tuple[Any, ...]], cut: int) -> None:
+    cut = min(cut, len(rows) - 1)
+    kinds = [pa.string(), pa.float32(), pa.list_(pa.int32()), pa.list_(pa.string()), pa.bool_()]
+    left, right = (grid.ravel() for grid in np.meshgrid(np.arange(cut), np.arange(len(rows) - cut)))
+    for values, kind in zip(zip(*rows, strict=True), kinds, strict=True):
+        whole = pa.array(values, kind)
+        apart = differing_rows(whole.slice(0, cut), left, right, whole.slice(cut))
+        assert apart.tolist() == differing_rows(whole, left, right + cut).tolist()
 
 
 @given(

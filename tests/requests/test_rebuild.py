@@ -223,3 +223,18 @@ def test_equal_bytes_keep_the_old_file() -> None:
     built = [shard_file("a", 0, "1", path="new0"), shard_file("a", 1, "9", path="new1"), shard_file("a", 2, "2")]
     merged = merge_files(["a"], built, parent)
     assert [file.path for file in merged] == ["a-0-1", "new1", "a-2-2", "b-0-3"]
+
+
+def test_a_request_key_of_a_day_that_is_not_built(tmp_path: Path, local_ray: None) -> None:
+    """Only the days that are built are read from the source; the others' keys are in the version before."""
+    rows = log()
+    build(settings_for(tmp_path, rows))
+    other = next(row for row in rows if day(row) == DAYS[0])
+    twice = next(row for row in rows if day(row) == DAYS[1]) | {name: other[name] for name in SCHEMA.keys.request}
+    late = [row for row in rows if day(row) == DAYS[1]] + [twice | {"user": 11}]
+    config = settings_for(tmp_path, late, [DAYS[1]])
+    with pytest.raises(DataError, match="the request key names several requests: 1 keys have different users or times"):
+        build(config)
+    assert load_manifest(str(tmp_path / "requests")).version == 1
+    unchecked = config.model_copy(update={"build": config.build.model_copy(update={"check_other_days": False})})
+    assert build(unchecked).version == 2

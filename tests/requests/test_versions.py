@@ -27,7 +27,7 @@ from roo_ray.requests.manifest import (
     publish_manifest,
     read_version,
 )
-from roo_ray.requests.versions import only_writer
+from roo_ray.requests.versions import only_writer, remove_orphans
 from roo_ray.storage import open_filesystem
 from tests.requests.data_sets import files_below, publish, read_all
 from tests.requests.tables import canonical, impression_row, request_row, small_schema, table_of
@@ -225,3 +225,28 @@ def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(DataError, match=r"v000001\.json is not a valid manifest"):
             load_manifest(str(tmp_path))
+
+
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_what_killed_builds_left_goes_after_a_while(where: str, bucket: str, tmp_path: Path) -> None:
+    data_set = str(tmp_path / "set") if where == "local" else bucket.format(path="/orphans")
+    filesystem, base = open_filesystem(data_set)
+
+    def there() -> list[str]:
+        found = filesystem.get_file_info(pafs.FileSelector(base, recursive=True))
+        return sorted(item.path for item in found if item.type == pafs.FileType.File)
+
+    manifests = [publish(data_set, table_of(ROWS), SCHEMA, version=version) for version in (1, 2)]
+    before = there()
+    left = ["data/v000003-dead/day=2023-02-27/part-0.parquet", "aside/v000003-dead/late/part-0.parquet",
+            "_staging/dead/copies-000000.arrow", "data/v000001/day=2023-02-27/unnamed.parquet"]  # fmt: skip
+    for path in left:
+        filesystem.create_dir(f"{base}/{path.rpartition('/')[0]}", recursive=True)
+        with filesystem.open_output_stream(f"{base}/{path}") as stream:
+            stream.write(b"half")
+    assert remove_orphans(data_set, 3600) == 0  # a build may be at work
+    assert len(there()) == len(before) + len(left)
+    assert remove_orphans(data_set, -5) == len(left)
+    assert there() == before
+    assert all(read_all(data_set, manifest).num_rows == 12 for manifest in manifests)
+    assert remove_orphans(str(tmp_path / "not there"), 0) == 0

@@ -1,0 +1,128 @@
+"""Request-level columns travel once: what a task has already staged of a request is found again, not staged again.
+
+A log repeats the request-level columns on every impression. Of the rows that a task reads, the first of each request
+keeps its copy; later rows, of any table of the task, that say the same share it. Values are compared, never only
+hashes of them, so that a conflict within a request is never lost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from roo_ray.schema import Schema
+from roo_ray.sources.compare import Ints, Mask, differing_rows
+from roo_ray.sources.hashing import Hashes
+
+NOT_FOUND = -1
+SMALL_BYTES = 8_000_000  # smaller chunks of copies are merged: comparing with many costs more than copying them
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """The rows of one table in the order in which they are staged. ``order``: (rows,) by bucket and request;
+    ``buckets``: (rows,) in that order; ``requests``: (rows,) hashes of the request keys, in that order."""
+
+    order: Ints
+    buckets: Ints
+    requests: Hashes
+
+    @property
+    def starts(self) -> Mask:
+        """(rows,) where, in order, another request may begin."""
+        new = np.ones(len(self.order), np.bool_)
+        new[1:] = (self.buckets[1:] != self.buckets[:-1]) | (self.requests[1:] != self.requests[:-1])
+        return new
+
+
+class SharedCopies:
+    """The copies that one task has staged, up to ``most_bytes`` of them (then it begins anew), of a number of
+    ``buckets``."""
+
+    def __init__(self, schema: Schema, buckets: int, most_bytes: int) -> None:
+        self.columns = schema.request_columns
+        self.most_bytes = most_bytes
+        self.staged = np.zeros(buckets, np.int64)  # (buckets,) copies so far
+        self._forget()
+
+    def share(self, table: pa.Table, dealt: Dealt) -> tuple[Mask, Ints, pa.Table]:
+        """Which rows keep their copy, and whose copy each row uses.
+
+        Returns (rows,) which rows, in order, are to be staged with their own copy; (rows,) the number of each row's
+        copy among those that this task stages for its bucket; and the copies to stage, in order.
+        """
+        order, starts = dealt.order, dealt.starts
+        heads = np.flatnonzero(starts)
+        run = np.cumsum(starts) - 1  # (rows,) the row's run of one request
+        known = self._find(dealt.requests[heads], dealt.buckets[heads])  # (runs,)
+        number = np.full(len(order), NOT_FOUND, np.int64)
+        again = self._alike(table, order, np.flatnonzero(known[run] != NOT_FOUND), known[run])
+        number[again] = self.numbers[known[run[again]]]
+        alike = np.flatnonzero(~starts & (known[run] == NOT_FOUND))
+        for name in self.columns:
+            alike = alike[~differing_rows(table.column(name), order[alike], order[heads[run[alike]]])]
+        keeps = number == NOT_FOUND
+        keeps[alike] = False
+        number[keeps] = self._number(dealt.buckets[keeps])
+        number[alike] = number[heads[run[alike]]]
+        copies = table.take(pa.array(order[keeps])).combine_chunks()
+        new = heads[known == NOT_FOUND]
+        self._add(copies, (np.cumsum(keeps) - 1)[new], dealt.requests[new], dealt.buckets[new], number[new])
+        return keeps, number, copies
+
+    def _forget(self) -> None:
+        self.chunks: list[pa.Table] = []
+        self.requests = np.zeros(0, np.uint64)  # (known,) sorted
+        self.buckets, self.numbers, self.chunk, self.row = (np.zeros(0, np.int64) for _ in range(4))
+
+    def _find(self, requests: Hashes, buckets: Ints) -> Ints:
+        """(N,) the position of the known copy of each request in its bucket, or NOT_FOUND."""
+        if not len(self.requests):
+            return np.full(len(requests), NOT_FOUND, np.int64)
+        at = np.minimum(np.searchsorted(self.requests, requests), len(self.requests) - 1)
+        found: Ints = np.where((self.requests[at] == requests) & (self.buckets[at] == buckets), at, NOT_FOUND)
+        return found
+
+    def _alike(self, table: pa.Table, order: Ints, rows: Ints, known: Ints) -> Ints:
+        """Those of ``rows`` (positions in ``order``) that say what their known copies say."""
+        found = [np.zeros(0, np.int64)]
+        for number, chunk in enumerate(self.chunks):
+            some = rows[self.chunk[known[rows]] == number]
+            for name in self.columns:
+                its = self.row[known[some]]
+                some = some[~differing_rows(table.column(name), order[some], its, chunk.column(name))]
+            found.append(some)
+        return np.concatenate(found)
+
+    def _number(self, buckets: Ints) -> Ints:
+        """(N,) the numbers of new copies in ``buckets`` (sorted) within each bucket."""
+        counts = np.bincount(buckets, minlength=len(self.staged))
+        before = np.cumsum(counts) - counts
+        numbers = np.arange(len(buckets)) - before[buckets] + self.staged[buckets]
+        self.staged += counts
+        return numbers
+
+    def _add(self, copies: pa.Table, rows: Ints, requests: Hashes, buckets: Ints, numbers: Ints) -> None:
+        """Remembers the first copies of requests."""
+        if not len(rows):
+            return
+        if sum(chunk.nbytes for chunk in self.chunks) + copies.nbytes > self.most_bytes:
+            self._forget()
+        if copies.nbytes > self.most_bytes:
+            return
+        self.chunk = np.concatenate([self.chunk, np.full(len(rows), len(self.chunks))])
+        self.row = np.concatenate([self.row, rows])
+        every = np.concatenate([self.requests, requests])
+        order = np.argsort(every, kind="stable")
+        self.requests, self.chunk, self.row = every[order], self.chunk[order], self.row[order]
+        self.buckets = np.concatenate([self.buckets, buckets])[order]
+        self.numbers = np.concatenate([self.numbers, numbers])[order]
+        self.chunks.append(copies)
+        while len(self.chunks) > 1 and sum(chunk.nbytes for chunk in self.chunks[-2:]) < SMALL_BYTES:
+            last, before = self.chunks.pop(), self.chunks.pop()
+            moved = self.chunk > len(self.chunks)
+            self.row[moved] += before.num_rows
+            self.chunk[moved] -= 1
+            self.chunks.append(pa.concat_tables([before, last]).combine_chunks())
