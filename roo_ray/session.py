@@ -64,7 +64,7 @@ def connect(
     """
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    workers = training.workers if training else 0
+    workers = training.least_workers if training else 0
     say(f"joining the Ray cluster at {address}" if address else "starting Ray on this machine")
     if address:
         try:
