@@ -263,6 +263,18 @@ class Training(Strict):
         return self.workers if isinstance(self.workers, int) else self.workers.max
 
 
+class Incremental(Strict):
+    """Day by day (docs/training.md): each new day of the data set starts from the published model, evaluates it on
+    the day, trains on the day in the order of time, and publishes. ``days``: these UTC days; empty: all that come
+    after the published one. ``holdout_fraction``: of a day's requests, by a hash of their key, never trained on: on
+    them the new model is compared with the published one. ``max_ne_rise``: a new model whose NE of the first task
+    is more than this share above the published one's is not published."""
+
+    days: Days = Field(default_factory=list)
+    holdout_fraction: float = Field(default=0.1, gt=0, lt=1)
+    max_ne_rise: float = Field(default=0.01, ge=0)
+
+
 class Tracking(Strict):
     """MLflow. ``uri``: default ``MLFLOW_TRACKING_URI``, else SQLite in roo_ray's home. ``end_wait_seconds``: how long
     a job that ends waits for a server that is down or slow; what is left then stays in a file."""
@@ -305,6 +317,7 @@ class Config(Strict):
     ingest: Ingest = Ingest()
     model: Model = Model()
     training: Training = Training()
+    incremental: Incremental | None = None
     tracking: Tracking = Tracking()
     ray: RaySettings = RaySettings()
 
