@@ -24,6 +24,7 @@ from roo_ray.source_config import home
 
 MEMORY_ENTRIES = 20_000
 BATCH_METRICS = 500  # MLflow takes 1000 in a call
+GATHER_SECONDS = 5.0  # a call costs about 10 ms of this process's time, whatever it holds: few calls, large ones
 RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0)
 REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
 
@@ -82,6 +83,7 @@ class Outbox:
         self._refused: list[Entry] = []
         self._down = False
         self._closed = False
+        self._hurried = 0  # callers that wait for everything to be stored
         self._thread = threading.Thread(target=self._run, name="roo-ray-tracking", daemon=True)
         self._thread.start()
 
@@ -130,7 +132,12 @@ class Outbox:
     def flush(self, seconds: float) -> bool:
         """Waits until everything is stored, at most so long; whether it is."""
         with self._changed:
-            return self._changed.wait_for(lambda: not (self._queue or self._spooled or self._sending), seconds)
+            self._hurried += 1
+            self._changed.notify_all()
+            try:
+                return self._changed.wait_for(lambda: not (self._queue or self._spooled or self._sending), seconds)
+            finally:
+                self._hurried -= 1
 
     def close(self, seconds: float) -> Path | None:
         """Waits at most so long, then ends the sending. Returns the file with what could not be stored, if any."""
@@ -167,6 +174,10 @@ class Outbox:
         """The entries to send next, of one kind; waits for some. Empty when closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._spooled or self._closed)
+            self._changed.wait_for(
+                lambda: self._closed or self._hurried or len(self._queue) + self._spooled >= BATCH_METRICS,
+                GATHER_SECONDS,
+            )
             if self._closed:
                 return []
             if not self._queue:
