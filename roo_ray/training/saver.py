@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,10 +54,17 @@ def copy_of(value: Any, group: dist.ProcessGroup | None) -> Any:
 
 class Saver:
     """Writes the checkpoints of a run, one at a time. ``folder``: the run's, in ``filesystem``. All ranks make one
-    together, and call its methods at the same steps."""
+    together, and call its methods at the same steps. ``first``: done in the thread before a checkpoint is written."""
 
-    def __init__(self, filesystem: pafs.FileSystem, folder: str, rank: int, world: int) -> None:
-        self.filesystem, self.folder = filesystem, folder
+    def __init__(
+        self,
+        filesystem: pafs.FileSystem,
+        folder: str,
+        rank: int,
+        world: int,
+        first: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.filesystem, self.folder, self.first = filesystem, folder, first
         self.rank, self.world = rank, world
         self.group = dist.new_group(backend="gloo")
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="roo-ray-checkpoint")
@@ -95,7 +102,9 @@ class Saver:
     def _write(self, name: str, tensors: dict[str, Any], state: RunState, metrics: dict[str, float]) -> Written:
         begin = time.perf_counter()
         target = f"{self.folder}/{name}"
-        problem = self._together(lambda: self._clear(target) if self.rank == 0 else None)
+        problem = self._together(self.first)
+        if problem is None:
+            problem = self._together(lambda: self._clear(target) if self.rank == 0 else None)
         local = isinstance(self.filesystem, pafs.LocalFileSystem)
         folder = Path(target) if local else Path(tempfile.mkdtemp(prefix="roo-ray-checkpoint-"))
         try:
@@ -112,7 +121,7 @@ class Saver:
             self._together(lambda: self._clear(target, remake=False) if self.rank == 0 else None)
         return Written(target, metrics, time.perf_counter() - begin, problem)
 
-    def _together(self, action: Any) -> str | None:
+    def _together(self, action: Callable[[], Any]) -> str | None:
         """Does something on all ranks; None, or the same words on all of them where a rank's storage failed."""
         problem = None
         try:

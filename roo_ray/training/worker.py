@@ -90,7 +90,7 @@ class Worker:
         self.storage, self.folder = storage.storage_filesystem, storage.experiment_fs_path
         self.stopping: StopWatch | None = None
         if job.mode == "train":
-            self.saver = Saver(self.storage, self.folder, self.rank, self.world)
+            self.saver = Saver(self.storage, self.folder, self.rank, self.world, self.logger.keep)
             self.evicted = watch_worker()
             self.stopping = StopWatch(job.board) if self.rank == 0 else None
 
@@ -217,7 +217,6 @@ class Worker:
 
     def leave(self, stop: bool) -> None:
         """Ends this worker group after its last checkpoint."""
-        self.logger.keep()
         if stop:
             raise Stopped(f"at step {self.steps_done}; the checkpoint is written, and the same run_name goes on there")
         raise Evicted(
@@ -346,7 +345,6 @@ class Worker:
             metrics=checkpoint.finite(metrics),
             skipped=self.skipped,
         )
-        self.logger.keep()
         name = name_of(self.epochs_done, self.steps_done)
         begin = time.perf_counter()
         self.saver.begin(name, self.model, state, metrics, self.run_tensors())
