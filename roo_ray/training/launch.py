@@ -25,7 +25,7 @@ from roo_ray.ingest.plan import differences, plan_inputs
 from roo_ray.models.cost import training_megaflops
 from roo_ray.requests.manifest import Manifest, load_manifest, manifest_versions
 from roo_ray.schema import Schema
-from roo_ray.storage import open_filesystem
+from roo_ray.storage import join_path, open_filesystem
 from roo_ray.training.checkpoint import STATE_FILE, RunState, finite, open_checkpoint, read_state
 from roo_ray.training.entry import train_worker
 from roo_ray.training.job import WorkerJob
@@ -222,7 +222,7 @@ def train(
         if result.checkpoint is None or result.metrics is None:
             raise ConfigError(f"run '{run_name}' trained nothing: it has no checkpoint and no epochs left")
         # Ray takes the scheme off the path
-        path = f"{config.storage.rstrip('/')}/{run_name}/{os.path.basename(result.checkpoint.path)}"
+        path = join_path(config.storage, run_name, os.path.basename(result.checkpoint.path))
         save_json(
             config,
             run_name,

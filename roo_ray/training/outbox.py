@@ -33,11 +33,13 @@ Entry = dict[str, Any]
 
 
 class Sender:
-    """Stores entries in a run. A metric's step that the run had before this sender began is not stored again."""
+    """Stores entries in a run. A metric's step that the run had before this sender began, or one that is not above
+    those it has stored, is not stored again: steps come in order."""
 
     def __init__(self, uri: str, run_id: str) -> None:
         self.client, self.run_id = MlflowClient(uri), run_id
         self._stored: dict[str, set[int]] = {}
+        self._highest: dict[str, int] = {}
 
     def _is_stored(self, name: str, step: int) -> bool:
         if name not in self._stored:
@@ -49,13 +51,15 @@ class Sender:
         """Stores entries of one kind; sent again, they are stored once. Raises what the client does."""
         kind = entries[0]["kind"]
         if kind == "metric":
-            new = [
-                Metric(e["name"], e["value"], e["time"], e["step"])
-                for e in entries
-                if not self._is_stored(e["name"], e["step"])
-            ]
+            highest, new = dict(self._highest), []
+            for e in entries:
+                name, step = e["name"], e["step"]
+                if step > highest.get(name, -1) and not self._is_stored(name, step):
+                    new.append(Metric(name, e["value"], e["time"], step))
+                    highest[name] = step
             if new:
                 self.client.log_batch(self.run_id, metrics=new)
+            self._highest = highest
         for entry in entries:
             if kind == "tags":
                 self.client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in entry["tags"].items()])

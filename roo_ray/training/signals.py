@@ -36,9 +36,9 @@ def watch_worker() -> threading.Event:
 
 
 class StopWatch:
-    """Asks the job's board in a thread, every second, whether the job is to end."""
+    """Asks the job's board in a thread, twice a second, whether the job is to end."""
 
-    def __init__(self, board: Any, every_seconds: float = 1.0) -> None:
+    def __init__(self, board: Any, every_seconds: float = 0.5) -> None:
         self.stop = threading.Event()
         self._done = threading.Event()
 

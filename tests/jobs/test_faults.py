@@ -26,7 +26,9 @@ SETTINGS = (
     "training.checkpoint_every_steps=5",
     "training.log_every=1",
     "training.max_failures=6",
-    "ingest.batch_impressions=48",
+    "ingest.batch_impressions=16",
+    "source.requests=2400",
+    "source.requests_per_task=800",
 )
 
 
@@ -53,19 +55,24 @@ def test_workers_killed_at_random_steps_and_a_stopped_driver_change_nothing(loca
     steps = read_state(reference.checkpoint).step
     seed = random.randrange(10**6)
     chosen = random.Random(seed)
-    thirds = [chosen.randrange(2 + part * steps // 4, (part + 1) * steps // 4) for part in range(4)]
+    # lines come half a second late: the last third is for what comes after the last kill
+    chosen_steps = [chosen.randrange(2 + part * steps // 6, (part + 1) * steps // 6) for part in range(4)]
     # (step, what): the driver is told to end, two workers are killed, one gets a spot instance's notice
-    plan = list(zip(thirds, ("driver", "kill", "notice", "kill"), strict=True))
+    plan = list(zip(chosen_steps, ("driver", "kill", "notice", "kill"), strict=True))
     print(f"seed {seed}: {plan} of {steps} steps")
     done: list[str] = []
     lines: list[str] = []
+    ready = False
 
     def disturb(line: str) -> None:
+        nonlocal ready
         lines.append(line)
+        ready = ready or "workers ready" in line
         found = re.search(r"epoch 1/1  step (\d+) ", line)
-        if found and plan and int(found[1]) >= plan[0][0]:
+        if found and ready and plan and int(found[1]) >= plan[0][0]:
             what = plan.pop(0)[1]
             done.append(what)
+            ready = False  # until the next group of workers has begun
             if what == "driver":
                 os.kill(os.getpid(), signal.SIGTERM)
             else:

@@ -73,7 +73,7 @@ def test_days_are_trained_in_turn_and_a_regression_stops_publishing(local_ray: N
 
     assert run_days(two, "daily", quiet) == ([], published, None)  # the days are published: nothing to do
     strict = config.model_copy(update={"incremental": Incremental(max_ne_rise=0)})
-    worse = strict.training.model_copy(update={"embedding_lr": 5.0, "dense_lr": 0.5})
+    worse = strict.training.model_copy(update={"embedding_lr": 1.0, "dense_lr": 0.1})
     with pytest.raises(PublishRefused, match=f"model of {second} stays published"):
         run_days(strict.model_copy(update={"training": worse}), "daily", quiet)
     assert read_published(config, "daily") == published

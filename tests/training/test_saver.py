@@ -6,14 +6,18 @@ import os
 import resource
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pyarrow.fs as pafs
 import pytest
 import torch
+from moto.server import ThreadedMotoServer
 
 from roo_ray.errors import DataError
+from roo_ray.storage import join_path, open_filesystem
 from roo_ray.training import checkpoint
 from roo_ray.training.saver import Saver, name_of, remove_leftovers
 from tests.training.ranks import full_weights, run_ranks, sharded_model, train_steps
@@ -24,8 +28,24 @@ def _state(step: int) -> checkpoint.RunState:
     return STATE.model_copy(update={"step": step})
 
 
-def _save_while_training(rank: int, world: int, folder: str) -> dict[str, Any]:
-    """Step 2 is saved; training goes on while it is written. Then the disk is full, for step 4."""
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    """A URI of a bucket on an S3 server on loopback."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    client = boto3.client(
+        "s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1",
+        aws_access_key_id="key", aws_secret_access_key="secret",
+    )  # fmt: skip
+    client.create_bucket(Bucket="bucket")
+    yield f"s3://key:secret@bucket/run?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+    server.stop()
+
+
+def _save_while_training(rank: int, world: int, folder: str, store: str) -> dict[str, Any]:
+    """Step 2 is saved; training goes on while it is written. Then the disk is full, for step 4, which then goes to
+    an object store, over what a killed run has left there."""
     model = sharded_model()
     train_steps(model, rank, world, range(2))
     saved = full_weights(model)
@@ -41,7 +61,14 @@ def _save_while_training(rank: int, world: int, folder: str) -> dict[str, Any]:
     saver.begin(name_of(0, 4), model, _state(4), {})
     second = saver.collect()
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    return {"saved": saved, "first": vars(first), "second": vars(second)}
+    filesystem, base = open_filesystem(store)
+    if rank == 0:
+        with filesystem.open_output_stream(f"{base}/{name_of(0, 4)}/__9_0.distcp") as stream:
+            stream.write(b"left")
+    remote = Saver(filesystem, base, rank, world)
+    remote.begin(name_of(0, 4), model, _state(4), {})
+    third = remote.collect()
+    return {"saved": saved, "first": vars(first), "second": vars(second), "third": third.problem}
 
 
 def _load(rank: int, world: int, folder: str) -> dict[str, Any]:
@@ -51,8 +78,8 @@ def _load(rank: int, world: int, folder: str) -> dict[str, Any]:
     return {"weights": full_weights(model), "step": state.step, "run": run}
 
 
-def test_written_while_training_goes_on_and_a_full_disk_takes_no_checkpoint_away(tmp_path: Path) -> None:
-    results = run_ranks(2, _save_while_training, str(tmp_path))
+def test_written_while_training_goes_on_and_a_full_disk_takes_no_checkpoint_away(tmp_path: Path, bucket: str) -> None:
+    results = run_ranks(2, _save_while_training, str(tmp_path), bucket)
     first, second = tmp_path / name_of(0, 2), tmp_path / name_of(0, 4)
     assert results[0]["first"]["problem"] is None
     for result in results:  # the same words on all ranks
@@ -64,6 +91,14 @@ def test_written_while_training_goes_on_and_a_full_disk_takes_no_checkpoint_away
     assert set(loaded[0]["run"]) == {"lifetime"}
     assert torch.equal(loaded[0]["run"]["lifetime"], torch.arange(5.0))
     assert all(torch.equal(loaded[0]["weights"][name], value) for name, value in results[0]["saved"].items())
+
+    assert [result["third"] for result in results] == [None, None]
+    filesystem, base = open_filesystem(bucket)
+    stored = filesystem.get_file_info(pafs.FileSelector(f"{base}/{name_of(0, 4)}"))
+    assert "__9_0.distcp" not in {item.base_name for item in stored}
+    with checkpoint.open_checkpoint(join_path(bucket, name_of(0, 4))).as_directory() as copy:
+        assert checkpoint.read_state(copy).step == 4
+        assert len(checkpoint.read_state(copy).files) == len(stored) - 1 >= 3
 
     # a file cut short by a power failure is noticed, and so is a crash before the last file
     torn = tmp_path / "torn"
