@@ -1,7 +1,8 @@
 """Trains a request-only model: python jobs/train.py --config configs/X.yaml [key=value ...]
 
 Builds the request data set first where it does not exist yet and the config has a source. The same run_name
-goes on with the same run.
+goes on with the same run. With a section ``incremental`` in the config: day by day, from the published model; the
+days that are published already are not trained again.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ def main() -> None:
 
     from roo_ray import session
     from roo_ray.requests.manifest import manifest_versions
+    from roo_ray.training.incremental import run_days
     from roo_ray.training.launch import train
     from roo_ray.training.prepare import prepare
     from roo_ray.training.progress import make_say
-    from roo_ray.training.summary import quality_rows
+    from roo_ray.training.summary import not_finite_rows, number, quality_rows
     from roo_ray.training.tracking import where_to_look
 
     say = make_say()
@@ -31,7 +33,21 @@ def main() -> None:
             prepare(config, run_name, say, job="train")
         elif config.source is not None:
             say(f"the request data set at {config.requests} is there; jobs/build_requests.py builds it anew")
-        result = train(config, run_name, say)
+        if config.incremental is not None:
+            done, published, parent = run_days(config, config.run_name or config.name, say)
+        else:
+            result = train(config, run_name, say)
+    if config.incremental is not None:
+        task = config.request_schema.labels[0].name
+        kinds = ("ne_before", "ne_published", "ne_new")
+        print_table(
+            f"Published '{config.run_name or config.name}'",
+            ["day", "NE before, whole day", "NE published, held out", "NE new, held out"],
+            [[one.day, *(number(one.metrics.get(f"{task}/{kind}")) for kind in kinds)] for one in done],
+            f"published: {published.last.checkpoint if published else 'nothing'}\n"
+            f"MLflow: {where_to_look(parent) if parent else 'nothing was to be done'}",
+        )
+        return
     print_table(
         f"Trained '{run_name}'",
         ["", "held-out"],
@@ -40,6 +56,7 @@ def main() -> None:
             ["training impressions/s", f"{result.metrics['epoch/impressions_per_second']:,.0f}"],
             ["training requests/s", f"{result.metrics['epoch/requests_per_second']:,.0f}"],
             ["share of time waiting for data", f"{result.metrics['epoch/data_wait_share']:.1%}"],
+            *not_finite_rows(result.metrics),
             ["checkpoint", result.checkpoint],
         ],
         f"MLflow: {where_to_look(result.run)}\n"

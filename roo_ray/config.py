@@ -85,11 +85,12 @@ class Build(Strict):
 class Holdout(Strict):
     """What is held out for evaluation: the last ``days`` days of the data; with ``by: request``, a ``fraction`` of
     the requests chosen by a hash of the request key; with ``by: all``, all of it, for evaluating a model on a data
-    set that it was not trained on."""
+    set that it was not trained on. ``only_days``: of the data, only these UTC days; empty: all."""
 
     by: Literal["day", "request", "all"] = "day"
     days: int = Field(default=1, gt=0)
     fraction: float = Field(default=0.1, gt=0, lt=1)
+    only_days: Days = Field(default_factory=list)
 
 
 class Ingest(Strict):
@@ -208,17 +209,37 @@ class Model(Strict):
         return self
 
 
+class WorkerRange(Strict):
+    """A run with between ``min`` and ``max`` workers: as many as the cluster has room for. It is looked for room
+    every ``check_seconds``; a change of the number restarts the workers from the last checkpoint."""
+
+    min: int = Field(gt=0)
+    max: int = Field(gt=0)
+    check_seconds: float = Field(default=60.0, gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> WorkerRange:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is more than max {self.max}")
+        return self
+
+
 class Training(Strict):
-    """``workers``: TorchTrainer workers. ``gpu``: one GPU a worker and NCCL, otherwise CPU and gloo.
+    """``workers``: TorchTrainer workers, or a range ``{min, max}`` (elastic). ``gpu``: one GPU a worker and NCCL,
+    otherwise CPU and gloo.
     ``epochs``, learning rates (row-wise Adagrad for embeddings, Adam for the rest). ``row_wise_from``: tables
     of at least so many rows are sharded row-wise, smaller ones table-wise. ``log_every``: steps.
-    ``max_failures``: restarts of the worker group from the last checkpoint. ``checkpoint_every_steps``:
-    checkpoints within an epoch, beside the one at its end; training goes on exactly there.
+    ``max_failures``: restarts of the worker group from the last checkpoint. ``checkpoint_every_steps``,
+    ``checkpoint_every_minutes``: checkpoints within an epoch, beside the one at its end, written in the
+    background; training goes on exactly there. ``keep_checkpoints``: how many stay; ``keep_by: best`` keeps those
+    of the lowest held-out NE of the first task, and the last one beside them.
+    ``on_nan``: a loss or logits that are not finite ``stop`` the run, naming the requests, or ``skip`` the batch on
+    all ranks before the update, at most ``max_nan_batches`` times in a run.
     ``form``: ``request`` is ROO; ``impression`` trains the same batches exploded, the baseline.
     ``autocast``: ``bf16`` runs the towers in bfloat16 where that is safe. ``deterministic``: only algorithms that
     give the same bits each time, at equal workers and plan."""
 
-    workers: int = Field(default=2, gt=0)
+    workers: Annotated[int, Field(gt=0)] | WorkerRange = 2
     gpu: bool = False
     threads_per_worker: int = Field(default=1, gt=0)
     epochs: int = Field(default=1, gt=0)
@@ -227,20 +248,48 @@ class Training(Strict):
     row_wise_from: int = Field(default=1000, gt=0)
     log_every: int = Field(default=10, gt=0)
     keep_checkpoints: int = Field(default=2, gt=0)
+    keep_by: Literal["last", "best"] = "last"
     checkpoint_every_steps: int | None = Field(default=None, gt=0)
+    checkpoint_every_minutes: float | None = Field(default=None, gt=0)
     max_failures: int = Field(default=1, ge=0)
     form: Literal["request", "impression"] = "request"
     autocast: Literal["none", "bf16"] = "none"
+    on_nan: Literal["stop", "skip"] = "stop"
+    max_nan_batches: int = Field(default=10, gt=0)
     deterministic: bool = False
     seed: int = 0
 
+    @property
+    def least_workers(self) -> int:
+        """The number of workers without which nothing is trained."""
+        return self.workers if isinstance(self.workers, int) else self.workers.min
+
+    @property
+    def most_workers(self) -> int:
+        """The number of workers that are never exceeded."""
+        return self.workers if isinstance(self.workers, int) else self.workers.max
+
+
+class Incremental(Strict):
+    """Day by day (docs/training.md): each new day of the data set starts from the published model, evaluates it on
+    the day, trains on the day in the order of time, and publishes. ``days``: these UTC days; empty: all that come
+    after the published one. ``holdout_fraction``: of a day's requests, by a hash of their key, never trained on: on
+    them the new model is compared with the published one. ``max_ne_rise``: a new model whose NE of the first task
+    is more than this share above the published one's is not published."""
+
+    days: Days = Field(default_factory=list)
+    holdout_fraction: float = Field(default=0.1, gt=0, lt=1)
+    max_ne_rise: float = Field(default=0.01, ge=0)
+
 
 class Tracking(Strict):
-    """MLflow. ``uri``: default ``MLFLOW_TRACKING_URI``, else SQLite in roo_ray's home."""
+    """MLflow. ``uri``: default ``MLFLOW_TRACKING_URI``, else SQLite in roo_ray's home. ``end_wait_seconds``: how long
+    a job that ends waits for a server that is down or slow; what is left then stays in a file."""
 
     enabled: bool = True
     uri: str | None = None
     experiment: str = "roo_ray"
+    end_wait_seconds: float = Field(default=30.0, ge=0)
 
 
 class RaySettings(Strict):
@@ -275,14 +324,15 @@ class Config(Strict):
     ingest: Ingest = Ingest()
     model: Model = Model()
     training: Training = Training()
+    incremental: Incremental | None = None
     tracking: Tracking = Tracking()
     ray: RaySettings = RaySettings()
 
     @model_validator(mode="after")
     def _ranks_own_lanes(self) -> Config:
-        if self.training.workers > self.ingest.lanes:
+        if self.training.most_workers > self.ingest.lanes:
             raise ValueError(
-                f"training.workers {self.training.workers} is more than ingest.lanes {self.ingest.lanes}: "
+                f"training.workers {self.training.most_workers} is more than ingest.lanes {self.ingest.lanes}: "
                 "every worker owns at least one lane; raise ingest.lanes"
             )
         return self

@@ -3,6 +3,7 @@
 EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 143
 
 
 class RooError(Exception):
@@ -23,3 +24,19 @@ class DataError(BadInput):
 
 class ClusterError(BadInput):
     """The cluster cannot run the job as configured: no CPUs left for Ray Data, too few GPUs."""
+
+
+class TrainingDiverged(RooError):
+    """The loss of a batch is not finite; the message names the batch's requests. Jobs exit with 1."""
+
+
+class PublishRefused(RooError):
+    """A model is worse than the published one by more than the config allows. Jobs exit with 1."""
+
+
+class Evicted(RooError):
+    """A worker was told to leave (SIGTERM); the last checkpoint is written, and the run goes on from there."""
+
+
+class Stopped(RooError):
+    """The job was told to end (SIGTERM); the same run name goes on with the run. Jobs exit with 143."""

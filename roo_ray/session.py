@@ -64,7 +64,7 @@ def connect(
     """
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    workers = training.workers if training else 0
+    workers = training.least_workers if training else 0
     say(f"joining the Ray cluster at {address}" if address else "starting Ray on this machine")
     if address:
         try:
@@ -77,7 +77,8 @@ def connect(
                 "cluster, use ray job submit"
             ) from None
     else:
-        wanted = math.ceil(workers * settings.cpus_per_worker + max(settings.data_cpus, 2))
+        most = training.most_workers if training else 0
+        wanted = math.ceil(most * settings.cpus_per_worker + max(settings.data_cpus, 2))
         ray.init(
             num_cpus=settings.local_cpus or max(os.cpu_count() or 1, wanted),
             include_dashboard=False,

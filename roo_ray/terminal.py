@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from roo_ray.config import Config, load_config
-from roo_ray.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
+from roo_ray.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, BadInput, RooError, Stopped
 
 
 def job_parser(description: str) -> argparse.ArgumentParser:
@@ -34,12 +34,19 @@ def read_config(options: argparse.Namespace) -> Config:
 
 
 def run_job(main: Callable[[], None]) -> None:
-    """Runs a job and exits: 0 done, 2 bad input (the message alone), 1 any other failure (with traceback)."""
+    """Runs a job and exits: 0 done, 2 bad input, 1 another failure that roo_ray names (the message alone), 143 told
+    to end by SIGTERM, 1 any other failure (with traceback)."""
     try:
         main()
     except BadInput as error:
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_INPUT)
+    except Stopped as stopped:
+        print(f"\nstopped: {stopped}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_STOPPED)
+    except RooError as error:
+        print(f"\nfailed: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_FAILURE)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr, flush=True)
         sys.exit(130)

@@ -36,24 +36,36 @@ def select_files(manifest: Manifest, holdout: Holdout, side: Side) -> list[Shard
         raise DataError(f"version {manifest.version} of the data set has no requests; build it from more data")
     if holdout.by == "all" and side == "train":
         raise DataError("holdout.by=all holds everything out, which leaves nothing to train on; it is for evaluation")
-    if holdout.by != "day":
-        return list(manifest.files)
-    mixed = next((file for file in manifest.files if file.day == MIXED_DAYS), None)
+    files = list(manifest.files)
+    if holdout.by != "day" and not holdout.only_days:
+        return files
+    mixed = next((file for file in files if file.day == MIXED_DAYS), None)
     if mixed is not None:
         raise DataError(
             f"{mixed.path} holds requests of several days, so that days cannot be held out; set holdout.by=request, "
             "or write a file per day"
         )
-    days = sorted({file.day for file in manifest.files if file.requests})
+    days = sorted({file.day for file in files if file.requests})
+    if holdout.only_days:
+        absent = sorted(set(holdout.only_days) - set(days))
+        if absent:
+            raise DataError(
+                f"holdout.only_days names {absent[0]}, of which version {manifest.version} has no requests; it has "
+                f"{days[0]} to {days[-1]}"
+            )
+        files = [file for file in files if file.day in holdout.only_days]
+        days = sorted(holdout.only_days)
+        if holdout.by != "day":
+            return files
     if holdout.days >= len(days):
         if side == "evaluation":
-            return list(manifest.files)
+            return files
         raise DataError(
             f"the data has {len(days)} day(s) ({days[0]} to {days[-1]}), and holding out the last "
             f"{holdout.days} leaves nothing to train on; lower holdout.days, or set holdout.by=request"
         )
     held_out = set(days[-holdout.days :])
-    return [file for file in manifest.files if (file.day in held_out) == (side == "evaluation")]
+    return [file for file in files if (file.day in held_out) == (side == "evaluation")]
 
 
 def rows_of_side(keys: Hashes, holdout: Holdout, side: Side) -> npt.NDArray[np.bool_] | None:
@@ -73,7 +85,7 @@ def check_sides(data_set: str, manifest: Manifest, schema: Schema, holdout: Hold
     if holdout.by != "request":
         return
     smaller = min(holdout.fraction, 1 - holdout.fraction)
-    if manifest.requests * smaller >= _SURELY_NOT_EMPTY:
+    if sum(file.requests for file in files) * smaller >= _SURELY_NOT_EMPTY:
         return
     units = units_of(files)
     refs = [units.ref(unit) for unit in range(len(units.file))]

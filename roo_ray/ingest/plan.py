@@ -308,7 +308,7 @@ def plan_inputs(
         "window_units": ingest.window_units,
         "drop_last": ingest.drop_last,
         "on_bad_shard": ingest.on_bad_shard,
-        "holdout": holdout.model_dump(mode="json"),
+        "holdout": holdout.model_dump(mode="json", exclude=None if holdout.only_days else {"only_days"}),
         "side": side,
         "seed": seed,
         "mode": mode,

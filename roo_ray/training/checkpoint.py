@@ -1,9 +1,11 @@
 """Sharded checkpoints by torch.distributed.checkpoint, read without running any code found in them.
 
 A checkpoint is a folder: ``*.distcp`` (each rank's shards), ``.metadata`` (what lies where) and ``state.json``
-(position of the run, schema, data version, model config). It can be loaded on another number of ranks and
-under another sharding plan. Only tensors are stored; the metadata, which torch writes as a pickle, is read by
-an unpickler that knows torch's metadata classes and nothing else.
+(position of the run, schema, data version, model config). ``state.json`` is written last, when everything else is
+in place, and lists the other files with their sizes: a folder without it, or with another file cut short, is no
+checkpoint. It can be loaded on another number of ranks and under another sharding plan. Only tensors are stored;
+the metadata, which torch writes as a pickle, is read by an unpickler that knows torch's metadata classes and
+nothing else.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
+import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from pydantic import Field
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -56,7 +60,8 @@ class RunState(Strict):
     ``position``: within an epoch, where it stands: per lane (window in progress, batches taken in it), whatever
     the number of ranks. ``trained``: of that epoch so far, or of the last whole one: requests, impressions and
     the sum of the request keys modulo 2^64, which tells whether two runs saw the same requests.
-    ``metrics``: the last held-out metrics."""
+    ``metrics``: the last held-out metrics. ``skipped``: batches left out so far because their loss was not finite
+    (``training.on_nan``). ``files``: the other files of the checkpoint, with their bytes; empty where not known."""
 
     epoch: int
     step: int
@@ -68,6 +73,8 @@ class RunState(Strict):
     position: list[tuple[int, int]] | None = None
     trained: dict[str, int] = Field(default_factory=dict)
     metrics: dict[str, float | None] = Field(default_factory=dict)
+    skipped: int = 0
+    files: dict[str, int] = Field(default_factory=dict)
 
     def request_schema(self) -> Schema:
         """The schema the model was trained with."""
@@ -128,39 +135,78 @@ class SafeReader(FileSystemReader):
         return metadata
 
 
-def _tensors(model: ShardedModel) -> dict[str, Any]:
-    """The tensors of model and optimizers, nested, keyed by parameter names (no world size in them)."""
+def tensors_of(model: ShardedModel, run: Mapping[str, torch.Tensor] | None = None) -> dict[str, Any]:
+    """The tensors of model and optimizers, nested, keyed by parameter names (no world size in them), and those of
+    the ``run``: metric state, random number generators."""
     optimizer = model.optimizer.state_dict()
-    return {"model": dict(model.module.state_dict()), "optimizer": dict(optimizer["state"])}
+    tensors: dict[str, Any] = {"model": dict(model.module.state_dict()), "optimizer": dict(optimizer["state"])}
+    return tensors | ({"run": dict(run)} if run else {})
+
+
+def write_tensors(folder: Path, tensors: dict[str, Any], group: dist.ProcessGroup | None, durable: bool) -> None:
+    """Writes this rank's part of ``tensors`` into ``folder``, ``.metadata`` on rank 0 (collective over ``group``).
+    ``durable``: on the disk, not in its cache, when this returns. Raises OSError on all ranks where a rank's disk
+    did not take it."""
+    writer = FileSystemWriter(folder, sync_files=durable)
+    try:
+        dcp.save(tensors, storage_writer=writer, process_group=group)
+    except dcp.api.CheckpointException as error:  # a BaseException: it would pass every `except Exception`
+        causes = [failure[0] for failure in error.failures.values()]
+        raise OSError(f"{causes[0]}") from None
 
 
 def save(folder: str | Path, model: ShardedModel, state: RunState, rank: int) -> None:
-    """Writes this rank's part into ``folder`` (collective: every rank calls it, folders may differ by rank and
-    are merged by Ray Train's upload)."""
+    """Writes a checkpoint into ``folder``, which all ranks share, and waits for it (collective)."""
     folder = Path(folder)
-    dcp.save(_tensors(model), storage_writer=FileSystemWriter(folder, sync_files=False))
+    write_tensors(folder, tensors_of(model), None, durable=False)
     if rank == 0:
-        (folder / STATE_FILE).write_text(json.dumps(state.model_dump(mode="json"), indent=1))
+        sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+        (folder / STATE_FILE).write_text(state_json(state, sizes))
+    dist.barrier()
+
+
+def state_json(state: RunState, files: dict[str, int]) -> str:
+    """What completes a checkpoint of these other files."""
+    files = {name: size for name, size in sorted(files.items()) if name != STATE_FILE}
+    return json.dumps(state.model_copy(update={"files": files}).model_dump(mode="json"), indent=1)
 
 
 def read_state(folder: str | Path) -> RunState:
-    """The run state in a checkpoint folder. Raises DataError where it is missing or not valid."""
+    """The run state in a checkpoint folder. Raises DataError where it is missing or not valid, and where a file that
+    it lists is missing or has another size."""
     path = Path(folder) / STATE_FILE
     try:
-        return RunState.model_validate_json(path.read_text())
+        state = RunState.model_validate_json(path.read_text())
     except FileNotFoundError:
         raise DataError(f"{folder} is not a complete checkpoint: it has no {STATE_FILE}") from None
     except ValueError as error:
         raise DataError(f"{path} is not valid: {error}") from None
+    for name, size in state.files.items():
+        file = path.parent / name
+        if not file.is_file():
+            raise DataError(f"{folder} is not a complete checkpoint: {name} is missing")
+        if file.stat().st_size != size:
+            raise DataError(
+                f"{folder} is not a complete checkpoint: {name} has {file.stat().st_size:,} bytes, and {size:,} were "
+                "written"
+            )
+    return state
 
 
-def load(folder: str | Path, model: ShardedModel) -> RunState:
-    """Loads a checkpoint into ``model`` in place (collective). Raises DataError where the folder is damaged or
-    belongs to another model."""
+def load(folder: str | Path, model: ShardedModel, run: dict[str, torch.Tensor] | None = None) -> RunState:
+    """Loads a checkpoint into ``model`` in place, and into those tensors of ``run`` that it has with the same shape
+    (the others are taken out of ``run``) (collective). Raises DataError where the folder is damaged or belongs to
+    another model."""
     state = read_state(folder)
-    tensors = _tensors(model)
+    reader = SafeReader(folder)
+    if run:
+        stored = reader.read_metadata().state_dict_metadata
+        for name in list(run):
+            if getattr(stored.get(f"run.{name}"), "size", None) != run[name].shape:
+                del run[name]
+    tensors = tensors_of(model, run)
     try:
-        dcp.load(tensors, storage_reader=SafeReader(folder))
+        dcp.load(tensors, storage_reader=reader)
     except dcp.api.CheckpointException as error:  # a BaseException: it would pass every `except Exception`
         causes = [failure[0] for failure in error.failures.values()]
         ours = next((cause for cause in causes if isinstance(cause, DataError)), None)

@@ -8,13 +8,17 @@ from typing import Any, Literal
 from roo_ray.config import Config
 from roo_ray.training.tracking import RunHandle
 
+BEFORE_FILE = "roo_ray_before.json"
+"""Beside a run's checkpoints: the metrics of the model that its training started from, on the new day."""
+
 
 @dataclass(frozen=True)
 class WorkerJob:
     """``mode``: train, or evaluate only. ``data_version`` / ``data_digest``: the data set's manifest.
     ``ids_per_request``: measured mean ids per request by lookup feature. ``requests_per_step``: mean B_RO of
     a step over all lanes. ``board``: a ProgressBoard. ``plan``: all that decides the order of training
-    (``ingest.plan.plan_inputs``). ``checkpoint``: what an evaluation loads."""
+    (``ingest.plan.plan_inputs``). ``checkpoint``: what an evaluation loads, or whose weights training starts from.
+    ``day``: the one that is trained on, where that is a run of its own: its data is evaluated before."""
 
     mode: Literal["train", "evaluate"]
     config: Config
@@ -26,3 +30,4 @@ class WorkerJob:
     board: Any
     plan: dict[str, Any]
     checkpoint: str | None = None
+    day: str | None = None

@@ -18,21 +18,22 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from roo_ray import session
-from roo_ray.config import Config
-from roo_ray.errors import ConfigError, RooError
+from roo_ray.config import Config, WorkerRange
+from roo_ray.errors import ConfigError, RooError, Stopped
 from roo_ray.ingest.holdout import check_sides
 from roo_ray.ingest.plan import differences, plan_inputs
 from roo_ray.models.check import check_model
 from roo_ray.models.cost import training_megaflops
 from roo_ray.requests.manifest import Manifest, load_manifest, manifest_versions
 from roo_ray.schema import Schema
-from roo_ray.storage import open_filesystem
+from roo_ray.storage import join_path, open_filesystem
 from roo_ray.training.checkpoint import STATE_FILE, RunState, finite, open_checkpoint, read_state
+from roo_ray.training.entry import train_worker
 from roo_ray.training.job import WorkerJob
 from roo_ray.training.prepare import data_metrics
 from roo_ray.training.progress import Say, progress_board
+from roo_ray.training.signals import on_terminate
 from roo_ray.training.tracking import RunHandle, RunLogger, open_run
-from roo_ray.training.worker import train_worker
 
 RESULT_FILE = "roo_ray_result.json"
 PLAN_FILE = "roo_ray_plan.json"
@@ -129,6 +130,23 @@ def _cause(errors: list[BaseException]) -> RooError | None:
     return None
 
 
+def elastic(workers: WorkerRange) -> int | tuple[int, int]:
+    """The number of workers as Ray Train takes a range."""
+    return workers.min if workers.min == workers.max else (workers.min, workers.max)
+
+
+def checkpoints_to_keep(config: Config) -> CheckpointConfig:
+    """Ray Train keeps the last checkpoint in any case; those within an epoch have no score and go first."""
+    training = config.training
+    if training.keep_by == "last":
+        return CheckpointConfig(num_to_keep=training.keep_checkpoints)
+    return CheckpointConfig(
+        num_to_keep=training.keep_checkpoints,
+        checkpoint_score_attribute=f"eval/{config.request_schema.labels[0].name}/ne",
+        checkpoint_score_order="min",
+    )
+
+
 def make_trainer(job: WorkerJob, run_name: str) -> TorchTrainer:
     """The TorchTrainer of a job."""
     training = job.config.training
@@ -137,7 +155,8 @@ def make_trainer(job: WorkerJob, run_name: str) -> TorchTrainer:
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if training.gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=training.workers,
+            num_workers=training.workers if isinstance(training.workers, int) else elastic(training.workers),
+            elastic_resize_monitor_interval_s=getattr(training.workers, "check_seconds", 60.0),
             use_gpu=training.gpu,
             resources_per_worker={"CPU": job.config.ray.cpus_per_worker} | ({"GPU": 1} if training.gpu else {}),
         ),
@@ -145,15 +164,26 @@ def make_trainer(job: WorkerJob, run_name: str) -> TorchTrainer:
             name=run_name,
             storage_path=job.config.storage,
             failure_config=FailureConfig(max_failures=training.max_failures if job.mode == "train" else 0),
-            checkpoint_config=CheckpointConfig(num_to_keep=training.keep_checkpoints),
+            checkpoint_config=checkpoints_to_keep(job.config),
         ),
     )
 
 
-def train(config: Config, run_name: str, say: Say) -> TrainingResult:
+def train(
+    config: Config,
+    run_name: str,
+    say: Say,
+    *,
+    start_from: str | None = None,
+    day: str | None = None,
+    parent: RunHandle | None = None,
+) -> TrainingResult:
     """Trains on the newest version of the request data set, or goes on with the run of that name.
 
-    Raises BadInput (data, config, cluster) with one message; the MLflow run is then marked FAILED.
+    ``start_from``: a checkpoint whose weights a new run begins with; ``day``: evaluate it on that day's data before;
+    ``parent``: the MLflow run that this one is shown under.
+    Raises BadInput (data, config, cluster) and TrainingDiverged with one message; the MLflow run is then marked
+    FAILED. Raises Stopped after SIGTERM and a last checkpoint; the MLflow run is then marked KILLED.
     """
     begin = time.perf_counter()
     config = config.model_copy(update={"run_name": run_name})
@@ -163,14 +193,14 @@ def train(config: Config, run_name: str, say: Say) -> TrainingResult:
     check_sides(config.requests, manifest, config.request_schema, config.holdout)
     plan = order_of_data(config, manifest)
     refuse_another_run(config, run_name, plan)
-    run = open_run(config.tracking, "train", run_name, session.alive_nodes(), reopen=True)
-    logger = RunLogger(run)
+    run = open_run(config.tracking, "train", run_name, session.alive_nodes(), reopen=True, parent=parent)
+    logger = RunLogger(run, say, config.tracking.end_wait_seconds)
     say(
         f"training '{run_name}' on version {manifest.version} of {config.requests}: {manifest.requests:,} requests, "
-        f"{manifest.impressions:,} impressions, {config.training.workers} workers, {config.ingest.lanes} lanes; "
+        f"{manifest.impressions:,} impressions, {workers_of(config)} workers, {config.ingest.lanes} lanes; "
         "starting the workers"
     )
-    succeeded = False
+    succeeded, stopped = False, False
     try:
         changed = logger.params(config.model_dump(mode="json", exclude={"request_schema"}))
         if changed:  # a run's parameters cannot change in MLflow: what a resume has changed stands beside them
@@ -184,11 +214,17 @@ def train(config: Config, run_name: str, say: Say) -> TrainingResult:
         logger.metrics({f"data/{name}": value for name, value in data_metrics(manifest).items()})
         save_json(config, run_name, PLAN_FILE, plan)
         with progress_board(say) as board, readable_failures():
-            result = make_trainer(make_job(config, manifest, "train", run, board), run_name).fit()
+            job = replace(make_job(config, manifest, "train", run, board), checkpoint=start_from, day=day)
+            with on_terminate(board.stop.remote):
+                result = make_trainer(job, run_name).fit()
+            ended = ray.get(board.outcome.remote())
+        if ended is not None:
+            stopped = isinstance(ended, Stopped)
+            raise ended
         if result.checkpoint is None or result.metrics is None:
             raise ConfigError(f"run '{run_name}' trained nothing: it has no checkpoint and no epochs left")
         # Ray takes the scheme off the path
-        path = f"{config.storage.rstrip('/')}/{run_name}/{os.path.basename(result.checkpoint.path)}"
+        path = join_path(config.storage, run_name, os.path.basename(result.checkpoint.path))
         save_json(
             config,
             run_name,
@@ -198,12 +234,19 @@ def train(config: Config, run_name: str, say: Say) -> TrainingResult:
         if folder_size(path) <= CHECKPOINT_ARTIFACT_LIMIT:
             with result.checkpoint.as_directory() as folder:
                 logger.folder(folder, "checkpoint")
+                logger.flush()  # the folder may be a temporary one
         logger.tags({"checkpoint": path})
         succeeded = True
     finally:
-        logger.end(succeeded)
+        logger.end(succeeded, stopped=stopped)
     metrics = {name: math.nan if value is None else value for name, value in result.metrics.items()}
     return TrainingResult(run_name, path, metrics, run, time.perf_counter() - begin)
+
+
+def workers_of(config: Config) -> str:
+    """``2``, or ``1 to 4``."""
+    workers = config.training.workers
+    return str(workers) if isinstance(workers, int) else f"{workers.min} to {workers.max}"
 
 
 def order_of_data(config: Config, manifest: Manifest) -> dict[str, Any]:
@@ -269,9 +312,9 @@ def find_checkpoint(config: Config, named: str) -> str:
         with filesystem.open_input_stream(result_path) as stream:
             return str(json.loads(stream.read())["checkpoint"])
     filesystem, path = open_filesystem(named)
-    if not filesystem.get_file_info(f"{path}/.metadata").is_file:
+    if not filesystem.get_file_info(f"{path}/{STATE_FILE}").is_file:
         raise ConfigError(
-            f"'{named}' is neither a finished run in {config.storage} nor a checkpoint folder (with .metadata)"
+            f"'{named}' is neither a finished run in {config.storage} nor a checkpoint folder (with {STATE_FILE})"
         )
     return named if "://" in named else path
 

@@ -31,6 +31,24 @@ class ProgressBoard:
     def __init__(self) -> None:
         self._lines: list[str] = []
         self._kept: dict[str, float] = {}
+        self._stopping = False
+        self._outcome: Exception | None = None
+
+    def stop(self) -> None:
+        """The job is to end after a last checkpoint."""
+        self._stopping = True
+
+    def stopping(self) -> bool:
+        """Whether the job is to end."""
+        return self._stopping
+
+    def end_with(self, error: Exception) -> None:
+        """Holds the error that the workers, all together, ended for."""
+        self._outcome = error
+
+    def outcome(self) -> Exception | None:
+        """That error, if any."""
+        return self._outcome
 
     def keep(self, result: dict[str, float]) -> None:
         """Holds a result for the driver (Ray Train hands metrics on with checkpoints alone)."""

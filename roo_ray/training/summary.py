@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Four decimals; n/a where there is no figure."""
     return "n/a" if value is None or value != value else f"{value:.4f}"
 
 
@@ -24,5 +25,14 @@ def quality_rows(metrics: Mapping[str, float]) -> list[list[str]]:
         ):
             value = metrics.get(f"eval/{task}/{name}")
             if value is not None and (value == value or not name.startswith("bayes")):
-                rows.append([f"{task}: {title}", _number(value)])
+                rows.append([f"{task}: {title}", number(value)])
     return rows
+
+
+def not_finite_rows(metrics: Mapping[str, float]) -> list[list[str]]:
+    """What ``training.on_nan: skip`` has left out, where it has."""
+    batches = metrics.get("epoch/not_finite_batches")
+    if not batches:
+        return []
+    left_out = f"{batches:,.0f} batches, {metrics['epoch/not_finite_requests']:,.0f} requests"
+    return [["left out, loss not finite", left_out]]

@@ -6,6 +6,7 @@ copy of the working directory, and ``make mlflow`` find the same runs.
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import math
@@ -15,25 +16,29 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from roo_ray.config import Tracking
 from roo_ray.errors import ClusterError, ConfigError
 from roo_ray.source_config import home
+from roo_ray.training.outbox import Entry, Outbox
 
 RUN_KEY_TAG = "roo_ray.run"
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # its notes on creating tables
 MAX_PARAM_LENGTH = 6000
 SERVER_TIMEOUT_S = 10.0
+# MLflow's own retries would take up to 15 minutes a call; the outbox tries again by itself
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
 
 def default_uri() -> str:
@@ -63,8 +68,11 @@ class RunHandle:
     experiment_id: str = ""
 
 
-def open_run(settings: Tracking, job: str, run_name: str, nodes: int, *, reopen: bool = False) -> RunHandle:
-    """Makes the run of a job; with ``reopen``, goes on with the run of this job and name where there is one.
+def open_run(
+    settings: Tracking, job: str, run_name: str, nodes: int, *, reopen: bool = False, parent: RunHandle | None = None
+) -> RunHandle:
+    """Makes the run of a job; with ``reopen``, goes on with the run of this job and name where there is one. MLflow
+    shows it under ``parent``.
 
     Raises ConfigError where the store cannot be reached.
     """
@@ -90,6 +98,7 @@ def open_run(settings: Tracking, job: str, run_name: str, nodes: int, *, reopen:
             client.update_run(run_id, status="RUNNING")
         else:
             tags = {RUN_KEY_TAG: key, "roo_ray.job": job} | software()
+            tags |= {"mlflow.parentRunId": parent.run_id} if parent is not None else {}
             run_id = client.create_run(experiment_id, run_name=run_name, tags=tags).info.run_id
     except MlflowException as error:
         raise ConfigError(f"MLflow store {uri}: {error}") from None
@@ -140,82 +149,96 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 class RunLogger:
     """Writes to one run. Methods do nothing where tracking is off.
 
-    Metrics go out asynchronously; ``flush`` waits for them. A step that the run has already (steps replayed
-    after a restart) is not logged twice, and one that a killed process had under way is logged again.
+    All but ``params`` return at once: a thread sends (``outbox``), and a server that is down or slow stops nothing.
+    A step that the run has already (steps replayed after a restart) is not logged twice, and one that a killed
+    process had under way is logged again. ``say``: gets a line when the server stops answering.
     """
 
-    def __init__(self, handle: RunHandle) -> None:
+    def __init__(self, handle: RunHandle, say: Callable[[str], None] | None = None, end_wait: float = 30.0) -> None:
         self._handle = handle
-        self._client = MlflowClient(handle.uri) if handle.uri else None
-        self._pending: list[Any] = []
+        self._say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+        self._end_wait = end_wait
+        self._outbox = Outbox(handle.uri, handle.run_id, self._say) if handle.uri else None
         self._last_step: dict[str, int] = {}
-        self._stored: dict[str, set[int]] = {}  # by runs before this one
+        if self._outbox is not None:
+            atexit.register(self.close)
 
     def params(self, content: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-        """Logs nested parameters, flattened; a reopened run keeps what it has. Returns those that differ now: name
-        -> (as logged, now)."""
-        if self._client is None:
+        """Logs nested parameters, flattened, and waits for it; a reopened run keeps what it has. Returns those that
+        differ now: name -> (as logged, now)."""
+        if self._outbox is None:
             return {}
-        known = self._client.get_run(self._handle.run_id).data.params
+        client = self._outbox.sender.client
+        known = client.get_run(self._handle.run_id).data.params
         flat = {name: value[:MAX_PARAM_LENGTH] for name, value in flatten(content).items()}
         new = [Param(name, value) for name, value in flat.items() if name not in known]
         for start in range(0, len(new), 100):
-            self._client.log_batch(self._handle.run_id, params=new[start : start + 100])
+            client.log_batch(self._handle.run_id, params=new[start : start + 100])
         return {name: (known[name], value) for name, value in flat.items() if known.get(name, value) != value}
 
     def tags(self, content: Mapping[str, Any]) -> None:
         """Sets tags."""
-        if self._client is not None:
-            tags = [RunTag(key, str(value)) for key, value in content.items()]
-            self._client.log_batch(self._handle.run_id, tags=tags)
+        self._put({"kind": "tags", "tags": {key: str(value) for key, value in content.items()}})
 
     def metrics(self, values: Mapping[str, float | None], step: int = 0) -> None:
         """Logs finite values at a step; returns at once."""
-        if self._client is None:
-            return
         now = int(time.time() * 1000)
-        entries = [
-            Metric(name, float(value), now, step)
+        entries: list[Entry] = [
+            {"kind": "metric", "name": name, "value": float(value), "time": now, "step": step}
             for name, value in values.items()
-            if value is not None and math.isfinite(value) and not self._is_logged(name, step)
+            if value is not None and math.isfinite(value) and step > self._last_step.get(name, -1)
         ]
         for entry in entries:
-            self._last_step[entry.key] = step
-        if entries:
-            self._pending.append(self._client.log_batch(self._handle.run_id, metrics=entries, synchronous=False))
-
-    def _is_logged(self, name: str, step: int) -> bool:
-        if name not in self._stored:
-            assert self._client is not None
-            history = self._client.get_metric_history(self._handle.run_id, name)
-            self._stored[name] = {point.step for point in history}
-        return step <= self._last_step.get(name, -1) or step in self._stored[name]
+            self._last_step[entry["name"]] = step
+        self._put(*entries)
 
     def text(self, content: str, path: str) -> None:
         """Stores a text artifact."""
-        if self._client is not None:
-            self._client.log_text(self._handle.run_id, content, path)
+        self._put({"kind": "text", "text": content, "path": path})
 
     def json(self, content: Any, path: str) -> None:
         """Stores a JSON artifact."""
         self.text(json.dumps(content, indent=1, default=str), path)
 
     def folder(self, local: str | Path, path: str) -> None:
-        """Stores a folder's files as artifacts."""
-        if self._client is not None:
-            self._client.log_artifacts(self._handle.run_id, str(local), path)
+        """Stores a folder's files as artifacts; they must stay until ``flush``."""
+        self._put({"kind": "folder", "local": str(local), "path": path})
 
-    def flush(self) -> None:
-        """Waits until all metrics are stored."""
-        pending, self._pending = self._pending, []
-        for operation in pending:
-            operation.wait()
+    def _put(self, *entries: Entry) -> None:
+        if self._outbox is not None and entries:
+            self._outbox.put(list(entries))
 
-    def end(self, succeeded: bool) -> None:
-        """Flushes and closes the run."""
-        if self._client is not None:
-            self.flush()
-            self._client.set_terminated(self._handle.run_id, "FINISHED" if succeeded else "FAILED")
+    def flush(self, seconds: float | None = None) -> bool:
+        """Waits until all is stored, at most ``end_wait`` seconds (or so many); whether it is."""
+        return self._outbox is None or self._outbox.flush(self._end_wait if seconds is None else seconds)
+
+    def keep(self) -> None:
+        """Keeps what is not stored yet in a file, should this process be killed; at once."""
+        if self._outbox is not None:
+            self._outbox.keep()
+
+    def recover(self) -> int:
+        """Takes over what killed processes have kept of this run; how many entries."""
+        return self._outbox.recover() if self._outbox is not None else 0
+
+    def close(self) -> None:
+        """Waits as ``flush`` does, and ends the sending; says where what could not be sent is kept."""
+        if self._outbox is None:
+            return
+        atexit.unregister(self.close)
+        outbox, self._outbox = self._outbox, None
+        left = outbox.close(self._end_wait)
+        if left is not None:
+            self._say(
+                f"MLflow did not take all of run {self._handle.run_id}; the rest is in {left}. When the server is "
+                f"back: python jobs/replay_tracking.py {left}"
+            )
+
+    def end(self, succeeded: bool, *, stopped: bool = False) -> None:
+        """Closes the run as FINISHED, FAILED or KILLED, and waits for it as ``close`` does."""
+        status = "FINISHED" if succeeded else "KILLED" if stopped else "FAILED"
+        self._put({"kind": "status", "status": status})
+        self.close()
 
 
 def where_to_look(handle: RunHandle) -> str:

@@ -1,17 +1,13 @@
 """What every rank does: build the sharded model, then per epoch train, evaluate on held-out data, checkpoint.
 
-All ranks take the same steps: one small all-reduce before each step carries the weights that the loss is
-normalised by and the number of lanes that still have data; zero ends the pass on all ranks at once. A rank
-without data takes part with a weightless dummy request.
+All ranks take the same steps (``steps``), and whatever changes their course they agree on in a step (``agreement``).
+A rank without data takes part with a weightless dummy request. Checkpoints are written in the background (``saver``).
 """
 
 from __future__ import annotations
 
-import math
-import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 import ray
@@ -20,25 +16,28 @@ import torch
 import torch.distributed as dist
 from ray.train.torch import get_device
 
-from roo_ray.config import Config
-from roo_ray.errors import ConfigError
+from roo_ray.config import Config, Holdout
+from roo_ray.errors import ConfigError, Evicted, RooError, Stopped, TrainingDiverged
 from roo_ray.ingest.device import on_device
 from roo_ray.ingest.plan import Position, differences
 from roo_ray.ingest.stream import RankStream, Step, StreamSettings, shared_feed
 from roo_ray.metrics.collection import RankingMetrics
 from roo_ray.models.cost import training_megaflops
-from roo_ray.models.item_index import RetrievalEvaluation
 from roo_ray.models.keyed_random import set_epoch
-from roo_ray.models.objective import logits_of, retrieval_towers, training_loss
 from roo_ray.models.ranking import RankingModel
-from roo_ray.training import checkpoint
+from roo_ray.training import checkpoint, evaluation
+from roo_ray.training.agreement import Flags
+from roo_ray.training.counts import Counts
 from roo_ray.training.job import WorkerJob
 from roo_ray.training.order import OrderStats
-from roo_ray.training.sharding import ShardedModel, describe_plan, shard
+from roo_ray.training.requests_of import request_ids
+from roo_ray.training.saver import Saver, name_of
+from roo_ray.training.sharding import ShardedModel, shard
+from roo_ray.training.signals import StopWatch, watch_worker
+from roo_ray.training.steps import Trainer
 from roo_ray.training.throughput import Throughput
+from roo_ray.training.timing import StepTimes
 from roo_ray.training.tracking import RunHandle, RunLogger
-
-SECONDS_BETWEEN_LINES = 5.0
 
 
 def build_model(config: Config, job: WorkerJob, device: torch.device) -> ShardedModel:
@@ -58,51 +57,12 @@ def build_model(config: Config, job: WorkerJob, device: torch.device) -> Sharded
     )
 
 
-@dataclass
-class Agreement:
-    """What all ranks know of a step before it is taken. ``weights`` (K,) float32: known labels per task in the
-    global batch; ``lanes_alive``: lanes that still had data; ``balance``: mean over ranks of the step's cost, over
-    the largest."""
+class Window:
+    """What is measured from one line of the log to the next."""
 
-    weights: torch.Tensor
-    lanes_alive: int
-    balance: float
-
-
-@dataclass
-class Trained:
-    """What an epoch has trained on so far. ``before``: over all ranks, until this worker group began: requests,
-    impressions, sum of the request keys modulo 2^64; the rest: this rank since then."""
-
-    before: tuple[int, int, int]
-    requests: int = 0
-    impressions: int = 0
-    keys: torch.Tensor | None = None
-
-    @staticmethod
-    def since(before: dict[str, int]) -> Trained:
-        """Goes on from what a checkpoint says."""
-        return Trained((before.get("requests", 0), before.get("impressions", 0), before.get("keys", 0)))
-
-    def add(self, step: Step) -> None:
-        """Counts a step of this rank."""
-        if step.lanes_alive:
-            self.requests += step.requests
-            self.impressions += step.impressions
-            keys = step.batch.request_key.sum()  # stays on the device
-            self.keys = keys if self.keys is None else self.keys + keys
-
-    def over_ranks(self, device: torch.device) -> dict[str, int]:
-        """The sums over all ranks (collective)."""
-        keys = 0 if self.keys is None else int(self.keys)
-        total = torch.tensor([self.requests, self.impressions, keys], device=device)
-        dist.all_reduce(total)
-        sums = [(b + t) % 2**64 for b, t in zip(self.before, total.tolist(), strict=True)]
-        return dict(zip(("requests", "impressions", "keys"), sums, strict=True))
-
-
-def _zeros(*shape: int) -> torch.Tensor:
-    return torch.zeros(shape, dtype=torch.int64)
+    def __init__(self, tasks: list[str], device: torch.device) -> None:
+        self.metrics, self.losses = RankingMetrics(tasks), list[tuple[int, torch.Tensor]]()
+        self.throughput, self.order, self.times = Throughput(), OrderStats(), StepTimes(device)
 
 
 class Worker:
@@ -110,42 +70,172 @@ class Worker:
 
     def __init__(self, job: WorkerJob) -> None:
         self.job = job
-        self.config = job.config
-        self.schema = job.config.request_schema
+        self.config, self.schema = job.config, job.config.request_schema
+        self.tasks = [label.name for label in self.schema.labels]
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = get_device()
         if self.device.type == "cpu":
             torch.set_num_threads(self.config.training.threads_per_worker)
         self.model = build_model(self.config, job, self.device)
-        self.task_weights = torch.tensor([x.weight for x in self.schema.labels], device=self.device)
-        self.logger = RunLogger(job.run if self.rank == 0 else RunHandle(None))
-        self.epochs_done, self.steps_done = 0, 0
+        handle = job.run if self.rank == 0 else RunHandle(None)
+        self.logger = RunLogger(handle, self.say, self.config.tracking.end_wait_seconds)
+        self.epochs_done, self.steps_done, self.skipped = 0, 0, 0
         self.position: Position | None = None  # where the epoch in progress goes on, after a restart
-        self.trained = Trained.since({})
+        self.counts = Counts.since({})
+        self.lifetime = RankingMetrics(self.tasks)  # of all training, over all ranks; the same on every rank
         self.cost = training_megaflops(self.schema, self.config.model)
+        self.saved_at, self.failed_saves, self.overdue = time.monotonic(), 0, False
+        storage = context.get_storage()
+        self.storage, self.folder = storage.storage_filesystem, storage.experiment_fs_path
+        self.stopping: StopWatch | None = None
+        if job.mode == "train":
+            self.saver = Saver(self.storage, self.folder, self.rank, self.world, self.logger.keep)
+            self.evicted = watch_worker()
+            self.stopping = StopWatch(job.board) if self.rank == 0 else None
 
-    # ---- one pass ------------------------------------------------------------------------------------
+    def say(self, line: str) -> None:
+        """A progress line on the job's terminal, from rank 0."""
+        if self.rank == 0:
+            self.job.board.post.remote(line)
 
-    def steps(self, stream: RankStream, epoch: int) -> Iterator[tuple[Step, Agreement]]:
-        """The steps of a pass, each with what the ranks agreed on; ends on all ranks at once."""
-        steps = on_device(stream.epoch(epoch), self.device)
-        tasks, settings = len(self.schema.labels), stream.settings
-        for step in steps:
-            known = step.batch.weights.double().sum(0)  # (K,)
-            ours = torch.zeros(1 + self.world, dtype=torch.float64)  # lanes alive, and the cost of each rank
-            ours[0], ours[1 + self.rank] = step.lanes_alive, step.counts["cost"]
-            agreed = torch.cat([known, ours.to(self.device)])
-            dist.all_reduce(agreed)
-            weights = agreed[:tasks].float()
-            alive, *costs = agreed[tasks:].tolist()
-            ends_early = settings.ingest.drop_last and settings.side == "train" and alive < settings.ingest.lanes
-            if ends_early and alive:
-                self.count_dropped(step, steps, epoch)
-            if ends_early or not alive:
-                return
-            largest = max(costs)
-            yield step, Agreement(weights, int(alive), sum(costs) / self.world / largest if largest else 1.0)
+    # ---- data ----------------------------------------------------------------------------------------
+
+    def stream(self, side: Literal["train", "evaluation"], holdout: Holdout | None = None) -> RankStream:
+        """This rank's batches (collective): ``train`` over the remaining epochs, ``evaluation`` in stored order, of
+        the config's holdout or another one.
+
+        The evaluation between epochs reads in a thread: a second Ray Data pipeline would take the CPUs of the
+        training pipeline, which is reading the next epoch ahead, and cost its start-up each time. Elastic workers
+        that have left no CPUs to Ray Data read in threads as well; the stream is the same.
+        """
+        training = side == "train"
+        ingest, settings = self.config.ingest, self.config.training
+        crowded = False
+        if not isinstance(settings.workers, int):
+            taken = self.world * self.config.ray.cpus_per_worker
+            crowded = ray.cluster_resources().get("CPU", 0.0) - taken < self.config.ray.data_cpus
+        if crowded or (not training and self.job.mode == "train"):
+            ingest = ingest.model_copy(update={"reader": "thread"})
+        streams = StreamSettings(
+            data_set=self.config.requests,
+            version=self.job.data_version,
+            schema=self.schema,
+            ingest=ingest,
+            holdout=holdout or self.config.holdout,
+            side=side,
+            seed=settings.seed,
+            epochs=tuple(range(self.epochs_done, settings.epochs)) if training else (0,),
+            mode=ingest.mode if training else "sequential",
+            start=self.position if training else None,
+            cost=self.cost,
+        )
+        # rank 0 says whether there is a feed: nodes may come and go while the ranks look
+        feed = [(shared_feed(streams, self.world), ingest.reader) if self.rank == 0 else None]
+        dist.broadcast_object_list(feed, src=0, device=self.device)
+        assert feed[0] is not None
+        shared, reader = feed[0]
+        if reader != ingest.reader:
+            ingest = ingest.model_copy(update={"reader": reader})
+            streams = StreamSettings(**{**vars(streams), "ingest": ingest})
+        return RankStream(streams, self.rank, self.world, shared)
+
+    def evaluate(self, holdout: Holdout | None = None) -> dict[str, float]:
+        """Metrics of held-out data over all ranks (collective), under ``eval/``."""
+        stream = self.stream("evaluation", holdout)
+        return evaluation.evaluate(self.model, self.schema, stream, self.device, self.say)
+
+    # ---- training ------------------------------------------------------------------------------------
+
+    def flags(self, taken: int) -> Flags:
+        """What this rank says in the agreement of the step in progress."""
+        settings, step = self.config.training, self.steps_done + 1
+        every, minutes = settings.checkpoint_every_steps, settings.checkpoint_every_minutes
+        due = self.overdue or bool(every and step % every == 0)
+        if minutes and self.rank == 0:
+            due = due or time.monotonic() - self.saved_at > 60 * minutes
+        busy = self.saver.busy
+        self.overdue = due and busy
+        stop = self.stopping is not None and self.stopping.stop.is_set()
+        return Flags(False, self.evicted.is_set(), stop, due and not busy, self.saver.written)
+
+    def train_epoch(self, stream: RankStream, epoch: int) -> dict[str, float]:
+        """Trains one epoch, or the rest of it; returns its throughput over all ranks, and what it trained on in
+        all. Raises TrainingDiverged, Evicted and Stopped on all ranks together."""
+        settings, ingest = self.config.training, stream.settings.ingest
+        set_epoch(self.model.module, settings.seed, epoch)
+        trainer = Trainer(
+            model=self.model,
+            task_weights=torch.tensor([x.weight for x in self.schema.labels], device=self.device),
+            rank=self.rank,
+            world=self.world,
+            exploded=settings.form == "impression",
+            skips=settings.on_nan == "skip",
+            says=self.flags,
+            names=lambda step: request_ids(stream.settings, epoch, step),
+        )
+        total, window = Throughput(), Window(self.tasks, self.device)
+        coming = on_device(stream.epoch(epoch), self.device, lambda s: trainer.times.add("host_to_device", s))
+        ends_below = ingest.lanes if ingest.drop_last else 1
+        for taken in trainer.steps(coming, self.device, window.times, ends_below):
+            step, agreement = taken.step, taken.agreement
+            self.steps_done += 1
+            if taken.logits is not None and taken.loss is not None:
+                # progressive validation: the batch was scored before it was trained on
+                batch = step.batch
+                window.metrics.update(taken.logits, batch.labels, batch.weights, batch.num_impressions, batch.split)
+                window.losses.append((self.steps_done, taken.loss))
+            else:
+                self.count_skipped()
+            for throughput in (total, window.throughput):
+                throughput.add(step.requests, step.impressions, step.wait_seconds)
+            window.order.add(step, agreement.balance)
+            self.counts.add(step, taken.skipped)
+            if agreement.ranks["written"] == self.world:
+                self.collect()
+            leaves = agreement.any("evicted") or agreement.any("stop")
+            saves = agreement.any("checkpoint") or leaves
+            if saves or self.steps_done % settings.log_every == 0:
+                trainer.times.lap("other")
+                self.log_window(epoch, window)
+                window = Window(self.tasks, self.device)
+                trainer.times = window.times
+            if saves:
+                self.save({}, self.position_of(epoch, step), wait=leaves)
+            if leaves:
+                self.leave(agreement.any("stop"))
+        if window.losses:
+            self.log_window(epoch, window)
+        if ingest.drop_last:
+            self.count_dropped(trainer.left, coming, epoch)
+        metrics = total.over_ranks(self.device, "epoch") | self.unreadable(stream)
+        counted = self.counts.over_ranks(self.device)
+        if counted["skipped_requests"]:
+            metrics["epoch/not_finite_requests"] = float(counted["skipped_requests"])
+            metrics["epoch/not_finite_batches"] = float(self.skipped)
+        return metrics | {f"epoch/{name}": float(counted[name]) for name in ("requests", "impressions")}
+
+    def leave(self, stop: bool) -> None:
+        """Ends this worker group after its last checkpoint."""
+        if stop:
+            raise Stopped(f"at step {self.steps_done}; the checkpoint is written, and the same run_name goes on there")
+        raise Evicted(
+            f"a worker got SIGTERM at step {self.steps_done}; the checkpoint is written, and the run goes on from it "
+            "where training.max_failures allows"
+        )
+
+    def count_skipped(self) -> None:
+        """Counts a batch that was left out. Raises TrainingDiverged where there are too many."""
+        self.skipped += 1
+        most = self.config.training.max_nan_batches
+        self.logger.metrics({"train/not_finite_batches": float(self.skipped)}, self.steps_done)
+        self.say(f"step {self.steps_done}: the loss is not finite; the batch is left out ({self.skipped} of {most})")
+        if self.skipped > most:
+            raise TrainingDiverged(
+                f"more than training.max_nan_batches={most} batches have a loss that is not finite, the last at step "
+                f"{self.steps_done}: the model has probably diverged; lower the learning rates, or go back to a "
+                "checkpoint before"
+            )
 
     def count_dropped(self, step: Step, steps: Iterator[Step], epoch: int) -> None:
         """Reads to the end of an epoch that ``drop_last`` has ended, and says what was dropped (collective)."""
@@ -155,116 +245,11 @@ class Worker:
             step = next(steps)
         total = torch.tensor([dropped], device=self.device)
         dist.all_reduce(total)
-        self.logger.metrics({"epoch/dropped_requests": float(total)}, self.steps_done)
-        self.say(f"epoch {epoch + 1}: ingest.drop_last drops the last {int(total):,} requests")
+        if int(total):
+            self.logger.metrics({"epoch/dropped_requests": float(total)}, self.steps_done)
+            self.say(f"epoch {epoch + 1}: ingest.drop_last drops the last {int(total):,} requests")
 
-    def stream(self, side: Literal["train", "evaluation"]) -> RankStream:
-        """This rank's batches (collective): ``train`` over the remaining epochs, ``evaluation`` in stored order.
-
-        The evaluation between epochs reads in a thread: a second Ray Data pipeline would take the CPUs of the
-        training pipeline, which is reading the next epoch ahead, and cost its start-up each time.
-        """
-        training = side == "train"
-        ingest = self.config.ingest
-        if not training and self.job.mode == "train":
-            ingest = ingest.model_copy(update={"reader": "thread"})
-        settings = StreamSettings(
-            data_set=self.config.requests,
-            version=self.job.data_version,
-            schema=self.schema,
-            ingest=ingest,
-            holdout=self.config.holdout,
-            side=side,
-            seed=self.config.training.seed,
-            epochs=tuple(range(self.epochs_done, self.config.training.epochs)) if training else (0,),
-            mode=ingest.mode if training else "sequential",
-            start=self.position if training else None,
-            cost=self.cost,
-        )
-        feed = [shared_feed(settings, self.world) if self.rank == 0 else None]
-        dist.broadcast_object_list(feed, src=0, device=self.device)
-        return RankStream(settings, self.rank, self.world, feed[0])
-
-    def evaluate(self, stream: RankStream) -> dict[str, float]:
-        """Metrics of the held-out data over all ranks."""
-        metrics = RankingMetrics([label.name for label in self.schema.labels])
-        oracle = RankingMetrics([label.name for label in self.schema.labels])
-        towers = retrieval_towers(self.model.module)
-        retrieval = None if towers is None else RetrievalEvaluation(towers)
-        throughput = Throughput()
-        last_line = time.perf_counter()
-        self.model.module.eval()
-        with torch.no_grad():
-            for step, _ in self.steps(stream, 0):
-                batch = step.batch
-                outputs = self.model.module(batch)
-                logits = logits_of(self.model.module, outputs, len(self.schema.labels))
-                if retrieval is not None:
-                    retrieval.update(outputs, batch)
-                metrics.update(logits, batch.labels, batch.weights, batch.num_impressions)
-                oracle.update_probabilities(batch.oracle, batch.labels, batch.weights, batch.num_impressions)
-                throughput.add(step.requests, step.impressions, step.wait_seconds)
-                if time.perf_counter() - last_line > SECONDS_BETWEEN_LINES:
-                    last_line = time.perf_counter()
-                    self.say(f"evaluating: rank 0 has scored {throughput.requests:,} requests")
-        self.model.module.train()
-        values = {f"eval/{name}": value for name, value in metrics.merge().compute().items()}
-        if retrieval is not None:
-            values |= {f"eval/{name}": value for name, value in retrieval.result().items()}
-        for name, value in oracle.merge().compute().items():
-            task, metric = name.split("/")
-            if metric in ("ne", "auc") and math.isfinite(value):  # NaN without an oracle: there is no such figure
-                values[f"eval/{task}/bayes_{metric}"] = value
-        values |= throughput.over_ranks(self.device, "eval")
-        task = self.schema.labels[0].name
-        self.say(
-            f"held out: {values['eval/requests']:,.0f} requests  {task} NE {values[f'eval/{task}/ne']:.4f}  "
-            f"AUC {values[f'eval/{task}/auc']:.4f}  GAUC {values[f'eval/{task}/gauc']:.4f}"
-        )
-        return values
-
-    # ---- training ------------------------------------------------------------------------------------
-
-    def train_epoch(self, stream: RankStream, epoch: int) -> dict[str, float]:
-        """Trains one epoch, or the rest of it; returns its throughput over all ranks, and what it trained on in
-        all."""
-        tasks = [label.name for label in self.schema.labels]
-        window, losses = RankingMetrics(tasks), []
-        set_epoch(self.model.module, self.config.training.seed, epoch)
-        epoch_throughput, window_throughput, order = Throughput(), Throughput(), OrderStats()
-        every = self.config.training.checkpoint_every_steps
-        for step, agreement in self.steps(stream, epoch):
-            batch = step.batch
-            num_impressions, split = batch.num_impressions, batch.split  # of the requests, also where exploded next
-            if self.config.training.form == "impression":
-                batch = batch.explode()
-            logits, loss = training_loss(
-                self.model.module, batch, self.task_weights, agreement.weights, self.world
-            )  # (B_NRO, K), scalar
-            # progressive validation: the batch is scored before it is trained on
-            window.update(logits.detach(), batch.labels, batch.weights, num_impressions, split)
-            self.model.optimizer.zero_grad()
-            loss.backward()
-            self.model.optimizer.step()
-            self.steps_done += 1
-            losses.append(loss.detach() / self.world)
-            for throughput in (epoch_throughput, window_throughput):
-                throughput.add(step.requests, step.impressions, step.wait_seconds)
-            order.add(step, agreement.balance)
-            self.trained.add(step)
-            saves = bool(every) and self.steps_done % (every or 1) == 0
-            if saves or self.steps_done % self.config.training.log_every == 0:
-                self.log_window(epoch, losses, window, window_throughput, order)
-                window, losses, window_throughput, order = RankingMetrics(tasks), [], Throughput(), OrderStats()
-            if saves:
-                self.report({}, self.position_of(epoch, step))
-        if losses:
-            self.log_window(epoch, losses, window, window_throughput, order)
-        metrics = epoch_throughput.over_ranks(self.device, "epoch") | self.skipped(stream)
-        counted = self.trained.over_ranks(self.device)
-        return metrics | {f"epoch/{name}": float(counted[name]) for name in ("requests", "impressions")}
-
-    def skipped(self, stream: RankStream) -> dict[str, float]:
+    def unreadable(self, stream: RankStream) -> dict[str, float]:
         """What ``ingest.on_bad_shard: skip`` has passed over so far, where it has (collective)."""
         total = torch.tensor([stream.skipped_requests], device=self.device)
         dist.all_reduce(total)
@@ -273,34 +258,23 @@ class Worker:
         self.say(f"{int(total):,} requests of shards that cannot be read were skipped so far (ingest.on_bad_shard)")
         return {"epoch/skipped_requests": float(total)}
 
-    def position_of(self, epoch: int, step: Step) -> Position:
-        """The run's position after a step, from all ranks' lanes (collective)."""
-        lanes = _zeros(self.config.ingest.lanes, 2)
-        for lane, at in step.position.items():
-            lanes[lane] = torch.tensor(at)
-        lanes = lanes.to(self.device)
-        dist.all_reduce(lanes)
-        return Position(epoch, tuple((window, taken) for window, taken in lanes.tolist()))
-
-    def log_window(
-        self,
-        epoch: int,
-        losses: list[torch.Tensor],
-        window: RankingMetrics,
-        throughput: Throughput,
-        order: OrderStats,
-    ) -> None:
+    def log_window(self, epoch: int, window: Window) -> None:
         """Logs the steps since the last call, over all ranks (collective)."""
-        curve = torch.stack(losses).double()
+        if not window.losses:
+            return
+        curve = torch.stack([loss for _, loss in window.losses]).double()
         dist.all_reduce(curve)
-        first = self.steps_done - len(losses) + 1
-        for offset, loss in enumerate(curve.tolist()):
-            self.logger.metrics({"train/loss": loss}, first + offset)
-        values = {f"train/{name}": value for name, value in window.merge().compute().items()}
-        values |= throughput.over_ranks(self.device, "train")
-        values |= order.over_ranks(self.device, "train", self.config.ingest.interleave is not None)
+        for (step, _), loss in zip(window.losses, curve.tolist(), strict=True):
+            self.logger.metrics({"train/loss": loss}, step)
+        merged = window.metrics.merge()
+        self.lifetime.add(merged)
+        values = {f"train/{name}": value for name, value in merged.compute().items()}
+        values |= {f"train_lifetime/{name}": value for name, value in self.lifetime.compute().items()}
+        values |= window.throughput.over_ranks(self.device, "train")
+        values |= window.order.over_ranks(self.device, "train", self.config.ingest.interleave is not None)
+        values |= window.times.over_ranks(self.device)
         self.logger.metrics(values, self.steps_done)
-        task = self.schema.labels[0].name
+        task = self.tasks[0]
         self.say(
             f"epoch {epoch + 1}/{self.config.training.epochs}  step {self.steps_done}  "
             f"loss {curve.mean():.4f}  {task} NE {values[f'train/{task}/ne']:.4f}  "
@@ -309,30 +283,55 @@ class Worker:
             f"data wait {values['train/data_wait_share']:.1%}"
         )
 
-    def say(self, line: str) -> None:
-        """A progress line on the job's terminal, from rank 0."""
-        if self.rank == 0:
-            self.job.board.post.remote(line)
+    # ---- checkpoints ---------------------------------------------------------------------------------
 
-    def restore(self, source: ray.train.Checkpoint) -> None:
-        """Loads a checkpoint and takes its position. Raises ConfigError where training would go on in another
-        order (other data, schema, truncation, seed, lanes, budgets, cost coefficients or holdout)."""
+    def position_of(self, epoch: int, step: Step) -> Position:
+        """The run's position after a step, from all ranks' lanes (collective)."""
+        lanes = torch.zeros((self.config.ingest.lanes, 2), dtype=torch.int64)
+        for lane, at in step.position.items():
+            lanes[lane] = torch.tensor(at)
+        lanes = lanes.to(self.device)
+        dist.all_reduce(lanes)
+        return Position(epoch, tuple((window, taken) for window, taken in lanes.tolist()))
+
+    def run_tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds beside the model: the metrics of all training so far, and this rank's random
+        number generators."""
+        tensors = {"lifetime": self.lifetime.state_tensor().cpu(), f"rng_{self.rank}": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            tensors[f"rng_cuda_{self.rank}"] = torch.cuda.get_rng_state(self.device)
+        return tensors
+
+    def restore(self, source: ray.train.Checkpoint, weights_only: bool = False) -> None:
+        """Loads a checkpoint and takes its position, or only what was learnt. Raises ConfigError where training would
+        go on in another order (other data, schema, truncation, seed, lanes, budgets, cost coefficients or holdout)."""
+        run = self.run_tensors()
         with source.as_directory() as folder:
-            state = checkpoint.load(folder, self.model)
+            state = checkpoint.load(folder, self.model, run)
+        if weights_only:
+            return
         changed = differences(state.plan, self.job.plan)
         if self.job.mode == "train" and changed:
             raise ConfigError(
                 f"the run cannot go on from {source.path}, because its data would come in another order: "
                 f"{'; '.join(changed)}; restore this, or choose another run_name"
             )
-        self.epochs_done, self.steps_done = state.epoch, state.step
+        self.epochs_done, self.steps_done, self.skipped = state.epoch, state.step, state.skipped
+        if "lifetime" in run:
+            self.lifetime.load_state_tensor(run["lifetime"])
+        if f"rng_{self.rank}" in run:
+            torch.set_rng_state(run[f"rng_{self.rank}"])
+        if self.device.type == "cuda" and f"rng_cuda_{self.rank}" in run:
+            torch.cuda.set_rng_state(run[f"rng_cuda_{self.rank}"], self.device)
         if state.position is not None:
             self.position = Position(state.epoch, tuple(state.position))
-            self.trained = Trained.since(state.trained)
+            self.counts = Counts.since(state.trained)
 
-    def report(self, metrics: dict[str, float], position: Position | None = None) -> None:
-        """Checkpoints the model with its metrics, through Ray Train (collective); within an epoch, with the
-        ``position`` that it goes on from."""
+    def save(self, metrics: dict[str, float], position: Position | None = None, wait: bool = False) -> None:
+        """Begins a checkpoint of the model with its metrics (collective); within an epoch, with the ``position`` that
+        it goes on from. Waits for one underway, and, with ``wait``, for this one."""
+        if self.saver.busy:
+            self.collect()
         state = checkpoint.RunState(
             epoch=self.epochs_done,
             step=self.steps_done,
@@ -342,46 +341,39 @@ class Worker:
             data_digest=self.job.data_digest,
             plan=self.job.plan,
             position=None if position is None else list(position.lanes),
-            trained=self.trained.over_ranks(self.device),
+            trained=self.counts.over_ranks(self.device),
             metrics=checkpoint.finite(metrics),
+            skipped=self.skipped,
         )
-        self.logger.flush()
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint.save(folder, self.model, state, self.rank)
+        name = name_of(self.epochs_done, self.steps_done)
+        begin = time.perf_counter()
+        self.saver.begin(name, self.model, state, metrics, self.run_tensors())
+        self.logger.metrics({"checkpoint/copy_ms": 1000 * (time.perf_counter() - begin)}, self.steps_done)
+        self.saved_at, self.overdue = time.monotonic(), False
+        if wait:
+            self.collect(required=True)
+
+    def collect(self, required: bool = False) -> None:
+        """Reports the checkpoint that was written to Ray Train (collective). One that could not be written is said
+        and counted; the run goes on, unless this one is ``required``, which raises RooError."""
+        written = self.saver.collect()
+        name = written.path.rsplit("/", 1)[-1]
+        if written.problem is None:
+            self.logger.metrics({"checkpoint/write_ms": 1000 * written.seconds}, self.steps_done)
             ray.train.report(
-                metrics,
-                checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=f"epoch-{self.epochs_done:04d}"
-                + (f"-step-{self.steps_done:08d}" if position else ""),
+                written.metrics,
+                checkpoint=ray.train.Checkpoint(written.path, filesystem=self.storage),
+                checkpoint_dir_name=name,
+                checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
             )
-
-
-def train_worker(loop_config: dict[str, WorkerJob]) -> None:
-    """Ray Train's entry point on each rank."""
-    job = loop_config["job"]
-    worker = Worker(job)
-    found = ray.train.get_checkpoint()
-    if job.mode == "evaluate":
-        assert job.checkpoint is not None
-        worker.restore(checkpoint.open_checkpoint(job.checkpoint))
-        metrics = worker.evaluate(worker.stream("evaluation"))
-        if worker.rank == 0:
-            ray.get(job.board.keep.remote(metrics))
-        return
-    if found is not None:
-        worker.restore(found)
-        within = " (within an epoch)" if worker.position else ""
-        worker.say(f"resumed after epoch {worker.epochs_done}, step {worker.steps_done}{within}")
-    plan = describe_plan(worker.model.plan)
-    worker.say(f"{worker.world} workers ready; tables: " + ", ".join(f"{r['table']} {r['sharding']}" for r in plan))
-    worker.logger.json(plan, "sharding_plan.json")
-    stream = worker.stream("train") if worker.epochs_done < job.config.training.epochs else None
-    while stream is not None and worker.epochs_done < job.config.training.epochs:
-        epoch_metrics = worker.train_epoch(stream, worker.epochs_done)
-        worker.epochs_done += 1
-        worker.position = None
-        held_out = worker.evaluate(worker.stream("evaluation"))
-        worker.logger.metrics(epoch_metrics | held_out, worker.steps_done)
-        worker.report(epoch_metrics | held_out)
-        worker.trained = Trained.since({})
-    worker.logger.flush()
+            return
+        self.failed_saves += 1
+        self.logger.metrics({"checkpoint/failed": float(self.failed_saves)}, self.steps_done)
+        words = (
+            f"checkpoint {name} could not be written ({written.problem}); the one before it stays the last. Is the "
+            f"storage {self.folder} full?"
+        )
+        if required:
+            raise RooError(f"{words} Make room, and run again with the same run_name")
+        if self.failed_saves == 1:
+            self.say(f"warning: {words} Training goes on; further failures are counted in checkpoint/failed")

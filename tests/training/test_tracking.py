@@ -49,8 +49,10 @@ def test_run_is_written_and_reopened_by_name(store: Tracking, tmp_path: Path) ->
 
 def test_artifacts(store: Tracking) -> None:
     handle = open_run(store, "train", "b", nodes=1)
-    RunLogger(handle).text("name: x\n", "schema.yaml")
-    RunLogger(handle).json({"a": 1}, "ledger.json")
+    logger = RunLogger(handle)
+    logger.text("name: x\n", "schema.yaml")
+    logger.json({"a": 1}, "ledger.json")
+    assert logger.flush()
     names = {item.path for item in MlflowClient(store.uri).list_artifacts(handle.run_id)}
     assert names == {"schema.yaml", "ledger.json"}
 

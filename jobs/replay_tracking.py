@@ -1,0 +1,35 @@
+"""Stores in MLflow what a job could not send: python jobs/replay_tracking.py FILE...
+
+The job that could not reach its MLflow server has printed the file's name. Each file names its server and run; what
+the run has already is not stored again, and a file is removed once all of it is stored.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from roo_ray.terminal import run_job
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("files", nargs="+", metavar="FILE", type=Path)
+    options = parser.parse_args()
+
+    from mlflow.exceptions import MlflowException
+
+    from roo_ray.errors import ConfigError
+    from roo_ray.training.outbox import replay
+
+    for path in options.files:
+        if not path.is_file():
+            raise ConfigError(f"no file {path}; jobs keep what they could not send in $ROO_RAY_HOME/tracking-spool")
+        try:
+            print(f"{path}: {replay(path):,} entries stored")
+        except MlflowException as error:
+            raise ConfigError(f"{path} stays as it is: {str(error).splitlines()[0]}") from None
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,70 @@
+"""A pass over held-out data: the metrics of all its requests, over all ranks."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from roo_ray.ingest.device import on_device
+from roo_ray.ingest.stream import RankStream, Step
+from roo_ray.metrics.collection import RankingMetrics
+from roo_ray.models.item_index import RetrievalEvaluation
+from roo_ray.models.objective import logits_of, retrieval_towers
+from roo_ray.schema import Schema
+from roo_ray.training.agreement import lanes_alive
+from roo_ray.training.sharding import ShardedModel
+from roo_ray.training.throughput import Throughput
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+def steps_to_the_end(stream: RankStream, device: torch.device) -> Iterator[Step]:
+    """The steps of a pass without an update; ends on all ranks at once (a collective per step)."""
+    for step in on_device(stream.epoch(0), device):
+        if not lanes_alive(step.lanes_alive, device):
+            return
+        yield step
+
+
+def evaluate(
+    model: ShardedModel, schema: Schema, stream: RankStream, device: torch.device, say: Callable[[str], None]
+) -> dict[str, float]:
+    """Metrics of the held-out data over all ranks (collective), under ``eval/``."""
+    metrics = RankingMetrics([label.name for label in schema.labels])
+    oracle = RankingMetrics([label.name for label in schema.labels])
+    towers = retrieval_towers(model.module)
+    retrieval = None if towers is None else RetrievalEvaluation(towers)
+    throughput = Throughput()
+    last_line = time.perf_counter()
+    model.module.eval()
+    with torch.no_grad():
+        for step in steps_to_the_end(stream, device):
+            batch = step.batch
+            outputs = model.module(batch)
+            logits = logits_of(model.module, outputs, len(schema.labels))
+            if retrieval is not None:
+                retrieval.update(outputs, batch)
+            metrics.update(logits, batch.labels, batch.weights, batch.num_impressions)
+            oracle.update_probabilities(batch.oracle, batch.labels, batch.weights, batch.num_impressions)
+            throughput.add(step.requests, step.impressions, step.wait_seconds)
+            if time.perf_counter() - last_line > SECONDS_BETWEEN_LINES:
+                last_line = time.perf_counter()
+                say(f"evaluating: rank 0 has scored {throughput.requests:,} requests")
+    model.module.train()
+    values = {f"eval/{name}": value for name, value in metrics.merge().compute().items()}
+    if retrieval is not None:
+        values |= {f"eval/{name}": value for name, value in retrieval.result().items()}
+    for name, value in oracle.merge().compute().items():
+        task, metric = name.split("/")
+        if metric in ("ne", "auc") and math.isfinite(value):  # NaN without an oracle: there is no such figure
+            values[f"eval/{task}/bayes_{metric}"] = value
+    values |= throughput.over_ranks(device, "eval")
+    task = schema.labels[0].name
+    say(
+        f"held out: {values['eval/requests']:,.0f} requests  {task} NE {values[f'eval/{task}/ne']:.4f}  "
+        f"AUC {values[f'eval/{task}/auc']:.4f}  GAUC {values[f'eval/{task}/gauc']:.4f}"
+    )
+    return values

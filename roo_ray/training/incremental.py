@@ -1,0 +1,229 @@
+"""Day by day: start from the published model, evaluate it on the new day, train on the day, publish.
+
+``published.json`` in the series' folder names the model that is out; it is replaced in one piece, and only by a model
+that is not worse on held-out requests of the new day. Each day is a run of its own, under one parent in MLflow, and
+goes on where it was when the job was killed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+from pydantic import Field, ValidationError
+
+from roo_ray import session
+from roo_ray.config import Config, Holdout, Incremental
+from roo_ray.errors import ConfigError, DataError, PublishRefused
+from roo_ray.requests.manifest import load_manifest
+from roo_ray.schema import Strict
+from roo_ray.storage import join_path, open_filesystem
+from roo_ray.training.checkpoint import finite
+from roo_ray.training.job import BEFORE_FILE
+from roo_ray.training.launch import PLAN_FILE, train
+from roo_ray.training.progress import Say
+from roo_ray.training.tracking import RunHandle, RunLogger, open_run
+
+PUBLISHED_FILE = "published.json"
+
+
+class DayResult(Strict):
+    """A day's model. ``metrics``: ``<task>/ne_before`` (the model published then, on the whole day, before it was
+    trained on), ``ne_published`` and ``ne_new`` (that one and the new one, on the day's held-out requests), and the
+    same of ``auc``; None where there was no model before."""
+
+    day: str
+    checkpoint: str
+    run_id: str
+    data_version: int
+    data_digest: str
+    metrics: dict[str, float | None]
+
+
+class Published(Strict):
+    """The model that is out, ``history[-1]``, and those before it."""
+
+    history: list[DayResult] = Field(min_length=1)
+
+    @property
+    def last(self) -> DayResult:
+        """The model that is out."""
+        return self.history[-1]
+
+
+def read_published(config: Config, series: str) -> Published | None:
+    """What is published of a series. Raises DataError where the file is damaged."""
+    path = join_path(config.storage, series, PUBLISHED_FILE)
+    content = _read(path)
+    try:
+        return None if content is None else Published.model_validate_json(content)
+    except ValidationError as error:
+        raise DataError(f"{path} is damaged: {error}") from None
+
+
+def _read(path: str) -> bytes | None:
+    filesystem, inner = open_filesystem(path)
+    if not filesystem.get_file_info(inner).is_file:
+        return None
+    with filesystem.open_input_stream(inner) as stream:
+        return bytes(stream.read())
+
+
+def write_published(config: Config, series: str, published: Published) -> None:
+    """Replaces ``published.json`` in one piece."""
+    filesystem, path = open_filesystem(join_path(config.storage, series, PUBLISHED_FILE))
+    filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+    content = json.dumps(published.model_dump(mode="json"), indent=1).encode()
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        with open(f"{path}.part", "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.part", path)
+        return
+    with filesystem.open_output_stream(path) as stream:  # an object appears when it is whole
+        stream.write(content)
+
+
+def days_to_train(settings: Incremental, available: list[str], published: Published | None) -> list[str]:
+    """The days still to be trained on, in order. Raises ConfigError for a day that the data set does not have."""
+    absent = sorted(set(settings.days) - set(available))
+    if absent:
+        raise ConfigError(f"incremental.days names {absent[0]}, of which the data set has no requests")
+    after = published.last.day if published else ""
+    return [day for day in sorted(settings.days or available) if day > after]
+
+
+def figures(tasks: list[str], before: dict[str, Any] | None, after: dict[str, float]) -> dict[str, float | None]:
+    """``DayResult.metrics`` from what a day's run has measured."""
+    metrics: dict[str, float | None] = {}
+    for task in tasks:
+        for metric in ("ne", "auc"):
+            if before is not None:
+                metrics[f"{task}/{metric}_before"] = before["day"].get(f"eval/{task}/{metric}")
+                metrics[f"{task}/{metric}_published"] = before["held_out"].get(f"eval/{task}/{metric}")
+            metrics[f"{task}/{metric}_new"] = after.get(f"eval/{task}/{metric}")
+    return finite(metrics)
+
+
+def check_regression(settings: Incremental, task: str, result: DayResult, published: Published | None) -> None:
+    """Raises PublishRefused where the new model is worse than the config allows."""
+    new, old = result.metrics.get(f"{task}/ne_new"), result.metrics.get(f"{task}/ne_published")
+    out = "nothing is published yet" if published is None else f"the model of {published.last.day} stays published"
+    if new is None or not math.isfinite(new):
+        raise PublishRefused(f"{result.day}: the new model has no NE of '{task}' on held-out requests; {out}")
+    if old is None:
+        return
+    if new > old * (1 + settings.max_ne_rise):
+        raise PublishRefused(
+            f"{result.day}: on the day's held-out requests the new model's NE of '{task}' is {new:.4f}, "
+            f"{new / old - 1:+.2%} against {old:.4f} of the published model, and incremental.max_ne_rise allows "
+            f"{settings.max_ne_rise:+.2%}; {out}. Look at the day's data; run again with a larger max_ne_rise to "
+            f"publish it nevertheless, or remove the run of {result.day} to train it anew"
+        )
+
+
+def config_of_day(config: Config, series: str, day: str) -> Config:
+    """The config of a day's run: this day alone, in the order of time, on the data version it began with."""
+    assert config.incremental is not None
+    plan = _read(join_path(config.storage, f"{series}-{day}", PLAN_FILE))
+    version = json.loads(plan)["data_version"] if plan is not None else config.requests_version
+    holdout = Holdout(by="request", fraction=config.incremental.holdout_fraction, only_days=[day])
+    ingest = config.ingest.model_copy(update={"mode": "time"})
+    return config.model_copy(update={"holdout": holdout, "ingest": ingest, "requests_version": version})
+
+
+def run_days(config: Config, series: str, say: Say) -> tuple[list[DayResult], Published | None, RunHandle | None]:
+    """Trains and publishes the days that are new: (these, what is published now, the parent run; None where nothing
+    was to be done). Raises PublishRefused where a day's model is worse; what is published then stays."""
+    settings = config.incremental
+    assert settings is not None
+    task, *_ = tasks = [label.name for label in config.request_schema.labels]
+    manifest = load_manifest(config.requests, config.requests_version)
+    published = read_published(config, series)
+    days = days_to_train(settings, list(manifest.days), published)
+    if not days:
+        at = published.last.day if published else "no day"
+        say(f"nothing to do: the model of {at} is published, and version {manifest.version} has no day after it")
+        return [], published, None
+    parent = open_run(config.tracking, "incremental", series, session.alive_nodes(), reopen=True)
+    logger = RunLogger(parent, say, config.tracking.end_wait_seconds)
+    done: list[DayResult] = []
+    succeeded = False
+    try:
+        for day in days:
+            result = _train_day(config_of_day(config, series, day), series, day, published, parent, tasks, say)
+            step = _number(day, published.history[0].day if published else day)
+            logger.metrics({f"day/{name}": value for name, value in result.metrics.items()}, step)
+            check_regression(settings, task, result, published)
+            published = Published(history=[*(published.history if published else []), result])
+            write_published(config, series, published)
+            done.append(result)
+            logger.tags({"published_day": day, "published_checkpoint": result.checkpoint})
+            say(f"published the model of {day}: {result.checkpoint}")
+        succeeded = True
+    finally:
+        if published is not None:
+            _log_chart(logger, published, task)
+        logger.end(succeeded)
+    return done, published, parent
+
+
+def _train_day(
+    config: Config,
+    series: str,
+    day: str,
+    published: Published | None,
+    parent: RunHandle,
+    tasks: list[str],
+    say: Say,
+) -> DayResult:
+    run_name = f"{series}-{day}"
+    manifest = load_manifest(config.requests, config.requests_version)
+    start = published.last.checkpoint if published else None
+    trained = train(config, run_name, say, start_from=start, day=day, parent=parent)
+    before = _read(join_path(config.storage, run_name, BEFORE_FILE)) if published else None
+    return DayResult(
+        day=day,
+        checkpoint=trained.checkpoint,
+        run_id=trained.run.run_id,
+        data_version=manifest.version,
+        data_digest=manifest.digest(),
+        metrics=figures(tasks, json.loads(before) if before is not None else None, trained.metrics),
+    )
+
+
+def _number(day: str, first: str) -> int:
+    """Days since the first one, from 1: the step of a day's metrics on the parent run."""
+    return (datetime.date.fromisoformat(day) - datetime.date.fromisoformat(first)).days + 1
+
+
+def _log_chart(logger: RunLogger, published: Published, task: str) -> None:
+    """NE by day as a picture, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    picture = Figure(figsize=(8, 4), layout="constrained")
+    axes = picture.subplots()
+    for name, title in (
+        ("ne_before", "published model, whole day, before training on it"),
+        ("ne_published", "published model, held-out requests"),
+        ("ne_new", "new model, held-out requests"),
+    ):
+        points = [(one.day, one.metrics.get(f"{task}/{name}")) for one in published.history]
+        values = [math.nan if value is None else value for _, value in points]
+        axes.plot([day for day, _ in points], values, marker="o", label=title)
+    axes.set(title=f"NE of '{task}' by day (lower is better)", xlabel="day (UTC)", ylabel="NE")
+    axes.tick_params(axis="x", rotation=45)
+    axes.legend()
+    with tempfile.TemporaryDirectory() as folder:
+        picture.savefig(Path(folder) / "ne_by_day.png", dpi=120)
+        logger.folder(folder, "charts")
+        logger.flush()
