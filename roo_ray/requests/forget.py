@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -220,7 +220,13 @@ def _forget(
         source=current.origin.source,
         purges=[number for number, item in live.items() if any(held[path].rows for path in named_files(item))],
     )
-    changes = {"version": plan.version.number, "origin": new_origin(origin), "files": files, "aside": aside}
+    changes: dict[str, Any] = {
+        "version": plan.version.number,
+        "origin": new_origin(origin),
+        "files": files,
+        "aside": aside,
+    }
+    changes["report"] = carried_report(current.report, current.version)
     accounts = _accounts(plan, current, files, list(shards), results, aside)
     manifest = current.model_copy(update=changes | accounts)
     return manifest, replace(
@@ -234,6 +240,15 @@ def _forget(
         bytes_after=sum(file.bytes for file in files),
         purged=manifest.origin.purges,
     )
+
+
+def carried_report(report: Mapping[str, Any], version: int) -> dict[str, Any]:
+    """The validation report of the version before, and which version it is of (``of_version``): the checks looked at
+    its rows. Without the offenders that it shows, which may be rows of those who are forgotten."""
+    if not report:
+        return {}
+    checks = [check | {"first": "", "message": ""} for check in report["checks"]]
+    return {"of_version": version, **report, "checks": checks}
 
 
 def rewrite_files(plan: ForgetPlan, files: Sequence[ShardFile]) -> Rewritten:

@@ -34,6 +34,7 @@ from roo_ray.sources.sessions import (
 )
 from roo_ray.sources.text import (
     TextFile,
+    TextRows,
     TextUnit,
     find_files,
     first_unfit,
@@ -70,7 +71,7 @@ WHAT = "KuaiRand's log_*.csv, user_features_*.csv and video_features_basic_*.csv
 
 
 @dataclass(frozen=True)
-class Kuairand:
+class Kuairand(TextRows):
     """KuaiRand whose files were found and lines counted; see ``open_kuairand``. ``impression_types``: the rows of a
     log with video features; ``user_types``: those of the user features; ``log_columns``: what is read of a log;
     ``videos``: the file of video features, where the schema reads any of ``video_columns``."""
@@ -92,18 +93,9 @@ class Kuairand:
         found = {IMPRESSIONS: Log(self.impression_types, (USER,))}
         return found if self.user_types is None else found | {USERS: Log(self.user_types, (USER,))}
 
-    @property
-    def codec(self) -> str:
-        """Text is not compressed."""
-        return "text"
-
     def units(self) -> list[ReadUnit]:
         """Lines of the logs, then of the user features."""
         return list(self.all_units)
-
-    def disk_bytes(self) -> None:
-        """None: requests are derived, and no file is the impression-level table."""
-        return
 
     def counts(self) -> dict[str, int]:
         """``log_files``: the logs that are read."""

@@ -20,7 +20,7 @@ from roo_ray.source_config import MindSource
 from roo_ray.sources.base import Assembled, Log, ReadUnit
 from roo_ray.sources.columns import as_array, list_parts, offsets_of
 from roo_ray.sources.keys import first_of_each, name_of_difference, shared_ids
-from roo_ray.sources.text import TextFile, TextUnit, headless_file, stream_text, text_units
+from roo_ray.sources.text import TextFile, TextRows, TextUnit, headless_file, stream_text, text_units
 
 BEHAVIORS = "behaviors"
 LINE = ("impression_id", "user_id", "time", "history", "impressions")
@@ -43,7 +43,7 @@ LOG = {BEHAVIORS: Log(ROWS, ("impression_id", "user_id", "time"))}
 
 
 @dataclass(frozen=True)
-class Mind:
+class Mind(TextRows):
     """MIND whose files were found and lines counted; see ``open_mind``. ``news``: ``news_id``, unique, and the
     features that the schema reads."""
 
@@ -58,18 +58,9 @@ class Mind:
         """One log, ``behaviors``, whose rows are requests."""
         return LOG
 
-    @property
-    def codec(self) -> str:
-        """Text is not compressed."""
-        return "text"
-
     def units(self) -> list[ReadUnit]:
         """Lines of the ``behaviors.tsv`` of all folders."""
         return list(self.all_units)
-
-    def disk_bytes(self) -> None:
-        """None: the rows are requests already."""
-        return
 
     def counts(self) -> dict[str, int]:
         """``news``: distinct news of all ``news.tsv``."""

@@ -271,3 +271,16 @@ def _words(kind: pa.DataType) -> str:
     if pa.types.is_integer(kind):
         return "whole number"
     return "number" if pa.types.is_floating(kind) else "UTF-8 text"
+
+
+class TextRows:
+    """What sources of text have in common: no impression-level table on disk to hold the requests against."""
+
+    @property
+    def codec(self) -> str:
+        """Text is not compressed."""
+        return "text"
+
+    def disk_bytes(self) -> None:
+        """None: the rows are requests already, or requests are derived, and no file is the impression-level table."""
+        return

@@ -18,9 +18,10 @@ from roo_ray.config import Build, Config, Holdout, Ingest
 from roo_ray.errors import EXIT_BAD_INPUT, EXIT_OK, DataError
 from roo_ray.ingest.stream import StreamSettings
 from roo_ray.requests import forget as forget_module
-from roo_ray.requests.forget import ForgetReport, forget_users, resume_purge
+from roo_ray.requests.forget import ForgetReport, carried_report, forget_users, resume_purge
 from roo_ray.requests.grouping import explode_requests, group_impressions
 from roo_ray.requests.manifest import AsideRows, Manifest, Tombstone, load_manifest, manifest_versions, read_version
+from roo_ray.requests.report import Finding, report_json, report_table
 from roo_ray.requests.scan import find_users
 from roo_ray.requests.users import read_users
 from roo_ray.requests.versions import named_files, only_writer
@@ -276,3 +277,17 @@ def test_how_users_are_named(tmp_path: Path) -> None:
         read_users("some/users.txt", "user", pa.int32())
     with pytest.raises(DataError, match="no column 'uid'"):
         read_users(str(parquet), "uid", pa.int32())
+
+
+def test_the_report_of_the_version_before_shows_no_row() -> None:
+    finding = Finding(
+        "empty history", "history", 9, "requests", 2, "count", "user=7, time=2023-02-27", "user=7 has none"
+    )
+    report = report_json([finding])
+    assert "user=7" in str(report)
+    carried = carried_report(report, 3)
+    assert "user=7" not in str(carried)
+    assert [(check["found"], check["looked_at"]) for check in carried["checks"]] == [(2, 9)]
+    assert carried_report(carried, 4)["of_version"] == 3  # forgotten again: still of the version that was checked
+    assert report_table(carried)
+    assert carried_report({}, 3) == {}

@@ -72,6 +72,31 @@ def test_building_event_logs(tmp_path: Path) -> None:
     assert load_manifest(str(tmp_path / "requests-out")) == manifest
 
 
+def test_late_events_rewrite_the_days_that_they_touch(tmp_path: Path) -> None:
+    spread = 86_400 / 10  # 40 requests over days 2024-03-01 to 03-05
+    logs = {
+        "requests": [request(n, spread * n) for n in range(40)],
+        "impressions": [impression(n, item, item, spread * n) for n in range(40) for item in range(2)],
+        "clicks": [click(n, 0, spread * n + 10) for n in range(0, 40, 3)],
+        "dwell": [],
+        "purchases": [],
+    }
+    write_logs(tmp_path, **logs)
+    source = source_of(tmp_path)
+    first, _ = built(tmp_path, SCHEMA, source, buckets=1)
+    late = [click(8, 1, spread * 8 + 20), click(30, 1, spread * 30 + 20)]  # of 2024-03-02 and, not asked for, 03-04
+    write_logs(tmp_path, **(logs | {"clicks": logs["clicks"] + late}))
+    second, rows = built(tmp_path, SCHEMA, source, buckets=1, days=["2024-03-02"])
+    assert (second.version, second.origin.days) == (2, ["2024-03-02"])
+    before = {file.path for file in first.files}
+    assert {file.day for file in second.files if file.path not in before} == {"2024-03-02"}
+    assert {file.day for file in second.files if file.path in before} == set(first.days) - {"2024-03-02"}
+    write_logs(tmp_path, **(logs | {"clicks": [*logs["clicks"], late[0]]}))
+    expected = assemble(open_source(source, SCHEMA))  # type: ignore[arg-type]
+    assert canonical(rows.select(SCHEMA.columns)) == canonical(expected.rows)
+    assert second.counts["rows_outside_days"] > 0
+
+
 def test_building_mind(tmp_path: Path) -> None:
     lines = mind_files.BEHAVIORS.splitlines()
     content = "".join(f"{n}{lines[n % 3][1:]}\n" for n in range(50))
