@@ -186,8 +186,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             counts = [row["impressions"] for row in of]
             panel.plot(counts, [row["speedup"] for row in of], "o-", color=f"C{place}", label=kind)
             panel.plot(counts, [row["flops_ratio"] for row in of], "--", color=f"C{place}", alpha=0.6)
-        panel.set(title=f"history {history}", xlabel="impressions per request", xscale="log", yscale="log")
-    panels[0][0].set_ylabel("times faster than impression-level (dashed: FLOPs ratio)")
+        panel.set(title=f"history {history}", xlabel="impressions per request", ylim=0)
+        panel.axhline(1, color="grey", linewidth=0.5)
+    panels[0][0].set_ylabel("times faster (dashed: FLOPs ratio)")
     panels[0][0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
