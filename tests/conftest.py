@@ -12,9 +12,14 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("RAY_ADDRESS", None)
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from roo_ray import session
 from roo_ray.config import RaySettings
+
+# time is no property: a busy machine must not fail a test
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 ROOT = Path(__file__).parents[1]
 EBNERD = ROOT.parent / "shared" / "data" / "ebnerd"
