@@ -27,8 +27,8 @@ SETTINGS = (
     "training.log_every=1",
     "training.max_failures=6",
     "ingest.batch_impressions=16",
-    "source.requests=2400",
-    "source.requests_per_task=800",
+    "source.requests=1500",
+    "source.requests_per_task=500",
 )
 
 

@@ -53,7 +53,14 @@ def test_what_is_published_and_what_is_not(tmp_path: Path) -> None:
 
 
 def test_days_are_trained_in_turn_and_a_regression_stops_publishing(local_ray: None, tmp_path: Path) -> None:
-    options = ("build.order=time", "build.buckets=1", "ingest.reader=thread", "training.epochs=1", "source.days=3")
+    options = (
+        "build.order=time",
+        "build.buckets=1",
+        "build.file_bytes=1",
+        "ingest.reader=thread",
+        "training.epochs=1",
+        "source.days=3",
+    )
     config = small_config(tmp_path, *options, "incremental={max_ne_rise: 10}")
     manifest, _ = prepare(config, "build", quiet)
     first, second, third = manifest.days
