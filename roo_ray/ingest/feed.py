@@ -12,7 +12,7 @@ import asyncio
 import pickle
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -43,10 +43,13 @@ def _read_block(block: pa.Table, settings: PackSettings) -> Iterator[pa.Table]:
             return
 
 
-def read_blocks(settings: PackSettings, windows: Iterable[Window], held_cpus: float) -> Iterator[tuple[int, Any]]:
+def read_blocks(
+    settings: PackSettings, windows: Iterable[Window], held_cpus: float, placing: Mapping[str, Any] | None = None
+) -> Iterator[tuple[int, Any]]:
     """(lane, reference to the packed table) of each window, in their order, read by Ray Data.
 
-    ``held_cpus``: CPUs of the cluster that are not for reading. Ray must be initialised.
+    ``held_cpus``: CPUs of the cluster that are not for reading. ``placing``: where the tasks may run, as options of
+    Ray tasks. Ray must be initialised.
     """
     session.quiet_data_context()
     context = DataContext.get_current()
@@ -66,6 +69,7 @@ def read_blocks(settings: PackSettings, windows: Iterable[Window], held_cpus: fl
             zero_copy_batch=True,
             fn_kwargs={"settings": settings},
             num_cpus=1,
+            **(placing or {}),
         )
         lanes = iter([window.lane for window in some])
         bundles = packed.iter_internal_ref_bundles()
@@ -79,6 +83,13 @@ def read_blocks(settings: PackSettings, windows: Iterable[Window], held_cpus: fl
                 close()
         if next(lanes, None) is not None:
             raise RuntimeError("Ray Data ended with windows missing")
+
+
+def placing(settings: StreamSettings) -> dict[str, Any]:
+    """Options of the reading tasks that keep them on the nodes meant for them."""
+    ingest = settings.ingest
+    labels = {"label_selector": dict(ingest.task_labels)} if ingest.task_labels else {}
+    return labels | ({"resources": dict(ingest.task_resources)} if ingest.task_resources else {})
 
 
 class Feed:
@@ -102,7 +113,7 @@ class Feed:
             packing, plans = settings.open()
             lanes = sorted(self.owner)
             windows = (window for plan in plans for window in plan.reading_order(lanes, settings.start))
-            for lane, block in read_blocks(packing, windows, held_cpus):
+            for lane, block in read_blocks(packing, windows, held_cpus, placing(settings)):
                 rank = self.owner[lane]
                 with self.changed:
                     self.queues[rank].append(block)

@@ -211,11 +211,12 @@ class RunLogger:
         for operation in pending:
             operation.wait()
 
-    def end(self, succeeded: bool) -> None:
-        """Flushes and closes the run."""
+    def end(self, succeeded: bool, stopped: bool = False) -> None:
+        """Flushes and closes the run; one that was ``stopped`` can go on."""
         if self._client is not None:
             self.flush()
-            self._client.set_terminated(self._handle.run_id, "FINISHED" if succeeded else "FAILED")
+            status = "FINISHED" if succeeded else "KILLED" if stopped else "FAILED"
+            self._client.set_terminated(self._handle.run_id, status)
 
 
 def where_to_look(handle: RunHandle) -> str:
