@@ -24,6 +24,10 @@ import yaml
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
 QUIET = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+COMMANDS = (
+    *("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"),
+    *("head_start_ray_commands", "worker_start_ray_commands"),
+)
 HEAD_NODE_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 
 
@@ -58,6 +62,8 @@ def fake_autoscaler(node_types: dict[str, Any], port: int) -> dict[str, Any]:
         "available_node_types": node_types,
         "head_node_type": "ray.head.default",
         "upscaling_speed": 100.0,
+        **dict.fromkeys(COMMANDS, []),
+        **dict.fromkeys(("auth", "docker", "file_mounts"), {}),
     }
 
 
@@ -78,7 +84,6 @@ def ray_head(cpus: int, env: dict[str, str] | None = None, node_types: dict[str,
         config.write_text(yaml.safe_dump(fake_autoscaler(node_types, port)))
         command.append(f"--autoscaling-config={config}")
         env |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1"}
-        env |= {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_NODE_ID}
     log = folder / "head.log"
     with log.open("w") as stream:
         head = subprocess.Popen(command, env=env, stdout=stream, stderr=stream, start_new_session=True)
@@ -87,6 +92,8 @@ def ray_head(cpus: int, env: dict[str, str] | None = None, node_types: dict[str,
     finally:
         started = [*psutil.Process(head.pid).children(recursive=True)] if head.poll() is None else []
         head.terminate()  # the blocking head ends all processes that it started
+        if os.environ.get("ROO_RAY_KEEP_HEADS"):  # for debugging
+            shutil.copytree(folder, os.environ["ROO_RAY_KEEP_HEADS"], ignore=shutil.ignore_patterns("sockets"), dirs_exist_ok=True)
         with contextlib.suppress(subprocess.TimeoutExpired):
             head.wait(timeout=30)
         for process in [*started, *of_session(folder)]:
