@@ -24,9 +24,10 @@ import yaml
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
 QUIET = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-COMMANDS = (
+LISTS = (
     *("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"),
     *("head_start_ray_commands", "worker_start_ray_commands"),
+    *("cluster_synced_files", "rsync_exclude", "rsync_filter"),
 )
 HEAD_NODE_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 
@@ -62,8 +63,9 @@ def fake_autoscaler(node_types: dict[str, Any], port: int) -> dict[str, Any]:
         "available_node_types": node_types,
         "head_node_type": "ray.head.default",
         "upscaling_speed": 100.0,
-        **dict.fromkeys(COMMANDS, []),
-        **dict.fromkeys(("auth", "docker", "file_mounts"), {}),
+        **{name: [] for name in LISTS},
+        **{name: {} for name in ("auth", "docker", "file_mounts")},
+        "file_mounts_sync_continuously": False,
     }
 
 
@@ -93,7 +95,9 @@ def ray_head(cpus: int, env: dict[str, str] | None = None, node_types: dict[str,
         started = [*psutil.Process(head.pid).children(recursive=True)] if head.poll() is None else []
         head.terminate()  # the blocking head ends all processes that it started
         if os.environ.get("ROO_RAY_KEEP_HEADS"):  # for debugging
-            shutil.copytree(folder, os.environ["ROO_RAY_KEEP_HEADS"], ignore=shutil.ignore_patterns("sockets"), dirs_exist_ok=True)
+            shutil.copytree(
+                folder, os.environ["ROO_RAY_KEEP_HEADS"], ignore=shutil.ignore_patterns("sockets"), dirs_exist_ok=True
+            )
         with contextlib.suppress(subprocess.TimeoutExpired):
             head.wait(timeout=30)
         for process in [*started, *of_session(folder)]:
