@@ -28,6 +28,7 @@ from mlflow.tracking import MlflowClient
 
 from roo_ray.config import Tracking
 from roo_ray.errors import ClusterError, ConfigError
+from roo_ray.redact import redact, redact_text
 from roo_ray.source_config import home
 
 RUN_KEY_TAG = "roo_ray.run"
@@ -157,7 +158,7 @@ class RunLogger:
         if self._client is None:
             return {}
         known = self._client.get_run(self._handle.run_id).data.params
-        flat = {name: value[:MAX_PARAM_LENGTH] for name, value in flatten(content).items()}
+        flat = {name: value[:MAX_PARAM_LENGTH] for name, value in flatten(redact(content)).items()}
         new = [Param(name, value) for name, value in flat.items() if name not in known]
         for start in range(0, len(new), 100):
             self._client.log_batch(self._handle.run_id, params=new[start : start + 100])
@@ -166,7 +167,7 @@ class RunLogger:
     def tags(self, content: Mapping[str, Any]) -> None:
         """Sets tags."""
         if self._client is not None:
-            tags = [RunTag(key, str(value)) for key, value in content.items()]
+            tags = [RunTag(key, redact_text(str(value))) for key, value in content.items()]
             self._client.log_batch(self._handle.run_id, tags=tags)
 
     def metrics(self, values: Mapping[str, float | None], step: int = 0) -> None:
