@@ -117,7 +117,8 @@ def check_memory(nodes: Sequence[NodeFacts]) -> list[Finding]:
     findings = []
     for node in nodes:
         if node.shared_memory < node.object_store:
-            text = f"{node.node}: {human_bytes(node.shared_memory)} of /dev/shm, object store {human_bytes(node.object_store)}"
+            shm, store = human_bytes(node.shared_memory), human_bytes(node.object_store)
+            text = f"{node.node}: {shm} of /dev/shm, object store {store}"
             findings.append(warn("shared memory", text, "enlarge /dev/shm (--shm-size; emptyDir of medium Memory)"))
         if node.object_store < LEAST_OBJECT_STORE and node.cpus:
             text = f"{node.node}: object store of {human_bytes(node.object_store)}"
@@ -156,7 +157,8 @@ def check_links(measure: Callable[[], Links]) -> list[Finding]:
         return [ok("network", f"{links.backend}: one worker, nothing to exchange")]
     text = (
         f"{links.backend} over {links.world} workers on {links.nodes} nodes: all-reduce "
-        f"{human_bytes(links.all_reduce)}/s, all-to-all {human_bytes(links.all_to_all)}/s, {links.latency_s * 1e3:.1f} ms"
+        f"{human_bytes(links.all_reduce)}/s, all-to-all {human_bytes(links.all_to_all)}/s, "
+        f"{links.latency_s * 1e3:.1f} ms"
     )
     if min(links.all_reduce, links.all_to_all) < LEAST_BANDWIDTH:
         return [warn("network", text, "place the trainers close together; choose nodes with more network")]
