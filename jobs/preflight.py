@@ -58,7 +58,10 @@ def main() -> None:
         else:
             show([warn("plan", f"no data set at {redact_text(config.requests)} yet", "build it, then ask again")])
         show(preflight.check_grace(nodes, state / 2e8))
-        show(preflight.check_links(lambda: measure_links(config)))
+        if any(finding.check in ("places", "resources") and finding.level != "ok" for finding in found):
+            show([warn("network", "not measured: the workers have no places yet", "ask again when they have")])
+        else:
+            show(preflight.check_links(lambda: measure_links(config)))
     if worst(found) == "fail":
         raise ClusterError(f"{sum(finding.level == 'fail' for finding in found)} checks failed; see above")
     print(f"ready: {len(found)} checks, {sum(finding.level == 'warn' for finding in found)} warnings")

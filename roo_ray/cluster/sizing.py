@@ -28,7 +28,6 @@ from roo_ray.schema import Strict
 
 FLOAT = 4
 OPTIMIZER_FLOATS = {"rowwise_adagrad": 0, "adagrad": 1, "sgd": 0, "adam": 2, "lamb": 2}  # per weight, beside per row
-EVALUATION_SHARE = 1 / 3  # a forward pass of a training step
 
 
 class UnitCosts(Strict):
