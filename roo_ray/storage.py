@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from roo_ray.errors import ConfigError, DataError
+from roo_ray.redact import redact_text
 
 
 def open_filesystem(path: str) -> tuple[pafs.FileSystem, str]:
@@ -18,7 +19,8 @@ def open_filesystem(path: str) -> tuple[pafs.FileSystem, str]:
     try:
         filesystem, inner = pafs.FileSystem.from_uri(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"cannot open {path}: {error}; use a local path, s3://..., or gs://...") from None
+        reason = redact_text(f"cannot open {path}: {error}")
+        raise DataError(f"{reason}; use a local path, s3://..., or gs://...") from None
     return filesystem, inner
 
 
