@@ -30,7 +30,7 @@ NODE_TYPES: dict[str, Any] = {
         "max_workers": 2,
     },
 }
-PLACING = ["ray.worker_labels={role: trainer}", "ray.wait_for_nodes_s=90", "ray.data_cpus=2"]
+PLACING = ["ray.worker_labels={role: trainer}", "ray.wait_for_nodes_s=200", "ray.data_cpus=2"]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def head() -> Iterator[Head]:
         yield head
 
 
-def until(what: str, question: Callable[[], Any], seconds: float = 90) -> Any:
+def until(what: str, question: Callable[[], Any], seconds: float = 150) -> Any:
     """The first true answer; fails after so many seconds."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -74,10 +74,10 @@ def test_a_submitted_run_scales_up_stops_with_a_checkpoint_and_goes_on(head: Hea
         assert client.get_job_status("first") in (JobStatus.PENDING, JobStatus.RUNNING), log[-3000:]
         return "step 15 " in log
 
-    until("the run trains on nodes that were not there", trains)
+    until("the run trains on nodes that were not there", trains, 200)
     assert trainer_nodes(client) == 2
     log = client.get_job_logs("first")
-    assert "waiting up to 90 s for nodes" in log
+    assert "waiting up to 200 s for nodes" in log
 
     assert ray_cli("job", "stop", "--address", head.jobs, "first").returncode == 0
     log = client.get_job_logs("first")
