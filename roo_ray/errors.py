@@ -3,15 +3,10 @@
 EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
-EXIT_STOPPED = 143  # as of a process that SIGTERM ended
 
 
 class RooError(Exception):
     """Base of all errors that roo_ray raises on purpose."""
-
-
-class Stopped(RooError):
-    """The run was asked to stop, and its last checkpoint is written: submitting it again goes on from there."""
 
 
 class BadInput(RooError, ValueError):

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from roo_ray.config import Config, load_config
-from roo_ray.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_STOPPED, BadInput, Stopped
+from roo_ray.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
 
 
 def job_parser(description: str) -> argparse.ArgumentParser:
@@ -34,16 +34,12 @@ def read_config(options: argparse.Namespace) -> Config:
 
 
 def run_job(main: Callable[[], None]) -> None:
-    """Runs a job and exits: 0 done, 2 bad input (the message alone), 143 stopped from outside with a last checkpoint,
-    1 any other failure (with traceback)."""
+    """Runs a job and exits: 0 done, 2 bad input (the message alone), 1 any other failure (with traceback)."""
     try:
         main()
     except BadInput as error:
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_INPUT)
-    except Stopped as stopped:
-        print(f"\nstopped: {stopped}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_STOPPED)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr, flush=True)
         sys.exit(130)

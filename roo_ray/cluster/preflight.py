@@ -9,7 +9,7 @@ from roo_ray.cluster.links import Links
 from roo_ray.cluster.probe import DISTRIBUTIONS, NodeFacts
 from roo_ray.config import Config
 from roo_ray.terminal import human_bytes
-from roo_ray.training.stop import GRACE_VARIABLE
+from roo_ray.cluster.grace import GRACE_VARIABLE
 
 TRIPLES = {  # torch -> (torchrec, fbgemm)
     "2.11": ("1.6", "1.6"),

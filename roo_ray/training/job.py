@@ -14,7 +14,7 @@ class WorkerJob:
     """``mode``: train, or evaluate only. ``data_version`` / ``data_digest``: the data set's manifest.
     ``ids_per_request``: measured mean ids per request by lookup feature. ``requests_per_step``: mean B_RO of
     a step over all lanes. ``board``: a ProgressBoard. ``plan``: all that decides the order of training
-    (``ingest.plan.plan_inputs``). ``checkpoint``: what an evaluation loads. ``bell``: asks for a stop (``stop``)."""
+    (``ingest.plan.plan_inputs``). ``checkpoint``: what an evaluation loads."""
 
     mode: Literal["train", "evaluate"]
     config: Config
@@ -26,4 +26,3 @@ class WorkerJob:
     board: Any
     plan: dict[str, Any]
     checkpoint: str | None = None
-    bell: Any = None

@@ -19,7 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from roo_ray import session
 from roo_ray.config import Config
-from roo_ray.errors import ConfigError, RooError, Stopped
+from roo_ray.errors import ConfigError, RooError
 from roo_ray.ingest.holdout import check_sides
 from roo_ray.ingest.plan import differences, plan_inputs
 from roo_ray.models.cost import training_megaflops
@@ -30,7 +30,6 @@ from roo_ray.training.checkpoint import STATE_FILE, RunState, finite, open_check
 from roo_ray.training.job import WorkerJob
 from roo_ray.training.prepare import data_metrics
 from roo_ray.training.progress import Say, progress_board
-from roo_ray.training.stop import stop_bell
 from roo_ray.training.tracking import RunHandle, RunLogger, open_run
 from roo_ray.training.worker import train_worker
 
@@ -172,7 +171,7 @@ def train(config: Config, run_name: str, say: Say) -> TrainingResult:
         f"{manifest.impressions:,} impressions, {config.training.workers} workers, {config.ingest.lanes} lanes; "
         "starting the workers"
     )
-    succeeded = stopped = False
+    succeeded = False
     try:
         changed = logger.params(config.model_dump(mode="json", exclude={"request_schema"}))
         if changed:  # a run's parameters cannot change in MLflow: what a resume has changed stands beside them
@@ -185,15 +184,8 @@ def train(config: Config, run_name: str, say: Say) -> TrainingResult:
         logger.json(manifest.ledger, "ledger.json")
         logger.metrics({f"data/{name}": value for name, value in data_metrics(manifest).items()})
         save_json(config, run_name, PLAN_FILE, plan)
-        with progress_board(say) as board, readable_failures(), stop_bell(say) as bell:
-            job = replace(make_job(config, manifest, "train", run, board), bell=bell.handle)
-            result = make_trainer(job, run_name).fit()
-            stopped = ray.get(board.kept.remote()).get("stopped_at_step") is not None
-        if stopped:
-            where = (
-                "before its first step" if result.checkpoint is None else f"with checkpoint {result.checkpoint.path}"
-            )
-            raise Stopped(f"run '{run_name}' ended {where}; the same run_name goes on from there")
+        with progress_board(say) as board, readable_failures():
+            result = make_trainer(make_job(config, manifest, "train", run, board), run_name).fit()
         if result.checkpoint is None or result.metrics is None:
             raise ConfigError(f"run '{run_name}' trained nothing: it has no checkpoint and no epochs left")
         # Ray takes the scheme off the path
@@ -210,7 +202,7 @@ def train(config: Config, run_name: str, say: Say) -> TrainingResult:
         logger.tags({"checkpoint": path})
         succeeded = True
     finally:
-        logger.end(succeeded, stopped)
+        logger.end(succeeded)
     metrics = {name: math.nan if value is None else value for name, value in result.metrics.items()}
     return TrainingResult(run_name, path, metrics, run, time.perf_counter() - begin)
 

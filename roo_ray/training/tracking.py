@@ -212,12 +212,11 @@ class RunLogger:
         for operation in pending:
             operation.wait()
 
-    def end(self, succeeded: bool, stopped: bool = False) -> None:
-        """Flushes and closes the run; one that was ``stopped`` can go on."""
+    def end(self, succeeded: bool) -> None:
+        """Flushes and closes the run."""
         if self._client is not None:
             self.flush()
-            status = "FINISHED" if succeeded else "KILLED" if stopped else "FAILED"
-            self._client.set_terminated(self._handle.run_id, status)
+            self._client.set_terminated(self._handle.run_id, "FINISHED" if succeeded else "FAILED")
 
 
 def where_to_look(handle: RunHandle) -> str:

@@ -35,7 +35,6 @@ from roo_ray.training import checkpoint
 from roo_ray.training.job import WorkerJob
 from roo_ray.training.order import OrderStats
 from roo_ray.training.sharding import ShardedModel, describe_plan, shard
-from roo_ray.training.stop import StopWatch
 from roo_ray.training.throughput import Throughput
 from roo_ray.training.tracking import RunHandle, RunLogger
 
@@ -63,12 +62,11 @@ def build_model(config: Config, job: WorkerJob, device: torch.device) -> Sharded
 class Agreement:
     """What all ranks know of a step before it is taken. ``weights`` (K,) float32: known labels per task in the
     global batch; ``lanes_alive``: lanes that still had data; ``balance``: mean over ranks of the step's cost, over
-    the largest; ``stop``: this step is the last one, and a checkpoint follows it."""
+    the largest."""
 
     weights: torch.Tensor
     lanes_alive: int
     balance: float
-    stop: bool
 
 
 @dataclass
@@ -126,8 +124,6 @@ class Worker:
         self.position: Position | None = None  # where the epoch in progress goes on, after a restart
         self.trained = Trained.since({})
         self.cost = training_megaflops(self.schema, self.config.model)
-        self.stop = StopWatch(job.bell if self.rank == 0 else None)
-        self.stopped = False
 
     # ---- one pass ------------------------------------------------------------------------------------
 
@@ -137,21 +133,19 @@ class Worker:
         tasks, settings = len(self.schema.labels), stream.settings
         for step in steps:
             known = step.batch.weights.double().sum(0)  # (K,)
-            # lanes alive, whether to stop, and the cost of each rank
-            ours = torch.zeros(2 + self.world, dtype=torch.float64)
-            ours[0], ours[1], ours[2 + self.rank] = step.lanes_alive, self.stop.asked(), step.counts["cost"]
+            ours = torch.zeros(1 + self.world, dtype=torch.float64)  # lanes alive, and the cost of each rank
+            ours[0], ours[1 + self.rank] = step.lanes_alive, step.counts["cost"]
             agreed = torch.cat([known, ours.to(self.device)])
             dist.all_reduce(agreed)
             weights = agreed[:tasks].float()
-            alive, stop, *costs = agreed[tasks:].tolist()
+            alive, *costs = agreed[tasks:].tolist()
             ends_early = settings.ingest.drop_last and settings.side == "train" and alive < settings.ingest.lanes
             if ends_early and alive:
                 self.count_dropped(step, steps, epoch)
             if ends_early or not alive:
                 return
             largest = max(costs)
-            balance = sum(costs) / self.world / largest if largest else 1.0
-            yield step, Agreement(weights, int(alive), balance, bool(stop))
+            yield step, Agreement(weights, int(alive), sum(costs) / self.world / largest if largest else 1.0)
 
     def count_dropped(self, step: Step, steps: Iterator[Step], epoch: int) -> None:
         """Reads to the end of an epoch that ``drop_last`` has ended, and says what was dropped (collective)."""
@@ -258,15 +252,12 @@ class Worker:
                 throughput.add(step.requests, step.impressions, step.wait_seconds)
             order.add(step, agreement.balance)
             self.trained.add(step)
-            saves = agreement.stop or (bool(every) and self.steps_done % (every or 1) == 0)
+            saves = bool(every) and self.steps_done % (every or 1) == 0
             if saves or self.steps_done % self.config.training.log_every == 0:
                 self.log_window(epoch, losses, window, window_throughput, order)
                 window, losses, window_throughput, order = RankingMetrics(tasks), [], Throughput(), OrderStats()
             if saves:
                 self.report({}, self.position_of(epoch, step))
-            if agreement.stop:
-                self.stopped = True
-                break
         if losses:
             self.log_window(epoch, losses, window, window_throughput, order)
         metrics = epoch_throughput.over_ranks(self.device, "epoch") | self.skipped(stream)
@@ -387,11 +378,6 @@ def train_worker(loop_config: dict[str, WorkerJob]) -> None:
     stream = worker.stream("train") if worker.epochs_done < job.config.training.epochs else None
     while stream is not None and worker.epochs_done < job.config.training.epochs:
         epoch_metrics = worker.train_epoch(stream, worker.epochs_done)
-        if worker.stopped:
-            worker.say(f"stopped after step {worker.steps_done}, with a checkpoint")
-            if worker.rank == 0:
-                ray.get(job.board.keep.remote({"stopped_at_step": float(worker.steps_done)}))
-            break
         worker.epochs_done += 1
         worker.position = None
         held_out = worker.evaluate(worker.stream("evaluation"))

@@ -17,7 +17,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from roo_ray.config import load_config
-from roo_ray.training.stop import GRACE_VARIABLE
+from roo_ray.cluster.grace import GRACE_VARIABLE
 from tests.cluster.heads import ROOT
 
 CLUSTER = ROOT / "cluster"

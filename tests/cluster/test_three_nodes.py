@@ -16,7 +16,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from roo_ray.errors import EXIT_BAD_INPUT, EXIT_OK
-from roo_ray.training.stop import GRACE_VARIABLE
+from roo_ray.cluster.grace import GRACE_VARIABLE
 from tests.cluster.heads import ROOT
 from tests.jobs.small import cli_overrides
 
