@@ -19,12 +19,14 @@ def main() -> None:
     from roo_ray.cluster import preflight
     from roo_ray.cluster.findings import Finding, fail, ok, warn, worst
     from roo_ray.cluster.links import measure_links
+    from roo_ray.cluster.places import workers_wanted
     from roo_ray.cluster.probe import probe_nodes
     from roo_ray.cluster.sizing import UnitCosts, memory_of, shape_of
     from roo_ray.redact import redact_text
     from roo_ray.requests.manifest import load_manifest, manifest_versions
 
     found: list[Finding] = []
+    workers = workers_wanted(config)
 
     def show(findings: list[Finding]) -> None:
         found.extend(findings)
@@ -38,7 +40,7 @@ def main() -> None:
         show(preflight.check_places(config, nodes))
         try:
             training = config.training
-            session.require_resources(training.workers, config.ray.cpus_per_worker, config.ray.data_cpus, training.gpu)
+            session.require_resources(workers, config.ray.cpus_per_worker, config.ray.data_cpus, training.gpu)
             show([ok("resources", "enough CPUs and GPUs, and they are free")])
         except ClusterError as error:
             level = warn if config.ray.wait_for_nodes_s else fail
@@ -52,9 +54,9 @@ def main() -> None:
         state = 0.0
         if manifest_versions(config.requests):
             shape = shape_of(config, load_manifest(config.requests, config.requests_version))
-            state = sum(size for size, _ in shape.table_bytes.values()) / config.training.workers
+            state = sum(size for size, _ in shape.table_bytes.values()) / workers
             costs = UnitCosts(fixed_s=0, per_megaflop_s=1)
-            show(preflight.check_plan(memory_of(shape, config.training.workers, costs), nodes, config))
+            show(preflight.check_plan(memory_of(shape, workers, costs), nodes, config))
         else:
             show([warn("plan", f"no data set at {redact_text(config.requests)} yet", "build it, then ask again")])
         show(preflight.check_grace(nodes, state / 2e8))

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from roo_ray.cluster.places import trainer_resources, workers_wanted
 from roo_ray.config import Config
 from roo_ray.errors import ClusterError
 
@@ -78,13 +79,13 @@ class _Rank:
 
 
 def measure_links(config: Config, size: int = 16_000_000) -> Links:
-    """Starts ``training.workers`` ranks as a run would, and measures with ``size`` bytes a rank.
+    """Starts the run's ranks as a run would, and measures with ``size`` bytes a rank.
 
     Raises ClusterError where the places are not free, or the ranks do not find each other.
     """
     training, settings = config.training, config.ray
-    world = training.workers
-    bundle = {"CPU": settings.cpus_per_worker} | ({"GPU": 1.0} if training.gpu else {}) | settings.worker_resources
+    world = workers_wanted(config)
+    bundle = trainer_resources(config)
     labels = [settings.worker_labels] * world if settings.worker_labels else None
     group = placement_group([bundle] * world, bundle_label_selector=labels)
     try:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from roo_ray.cluster.findings import Finding, fail, ok, warn
+from roo_ray.cluster.grace import GRACE_VARIABLE
 from roo_ray.cluster.links import Links
 from roo_ray.cluster.probe import DISTRIBUTIONS, NodeFacts
+from roo_ray.cluster.places import workers_wanted
 from roo_ray.config import Config
 from roo_ray.terminal import human_bytes
-from roo_ray.cluster.grace import GRACE_VARIABLE
 
 TRIPLES = {  # torch -> (torchrec, fbgemm)
     "2.11": ("1.6", "1.6"),
@@ -81,15 +82,15 @@ def check_places(config: Config, nodes: Sequence[NodeFacts]) -> list[Finding]:
     room = sum(
         int(min(node.cpus // settings.cpus_per_worker, node.gpus if training.gpu else float("inf"))) for node in places
     )
-    if room < training.workers:
+    if room < workers_wanted(config):
         todo = "lower training.workers, add nodes, or set ray.wait_for_nodes_s on an autoscaled cluster"
         level = warn if settings.wait_for_nodes_s else fail
-        findings.append(level("places", f"room for {room} of {training.workers} workers", todo))
+        findings.append(level("places", f"room for {room} of {workers_wanted(config)} workers", todo))
     for node in places:
         if training.gpu and node.gpus and len(node.gpu_names) < node.gpus:
             text = f"{node.node}: Ray counts {node.gpus:g} GPUs and torch sees {len(node.gpu_names)}"
             findings.append(fail("gpus", text, "take the GPU image, and a driver for its CUDA"))
-    return findings or [ok("places", f"room for {room} workers; {training.workers} wanted")]
+    return findings or [ok("places", f"room for {room} workers; {workers_wanted(config)} wanted")]
 
 
 def check_reach(nodes: Sequence[NodeFacts], places: Sequence[str]) -> list[Finding]:
@@ -176,7 +177,7 @@ def check_plan(memory: float, nodes: Sequence[NodeFacts], config: Config) -> lis
         if training.gpu:
             room += [float(node.gpu_memory)] if node.gpus else []
         else:
-            here = min(int(node.cpus // config.ray.cpus_per_worker), training.workers)
+            here = min(int(node.cpus // config.ray.cpus_per_worker), workers_wanted(config))
             room.append((node.memory - node.object_store) / here)
     if not room:
         return [warn("plan", f"a worker needs {human_bytes(memory)}; no trainer node is there yet", "ask again then")]

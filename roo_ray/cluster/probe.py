@@ -16,9 +16,9 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from roo_ray.cluster.grace import grace_seconds
 from roo_ray.redact import redact_text
 from roo_ray.storage import join_path, open_filesystem
-from roo_ray.cluster.grace import grace_seconds
 
 DISTRIBUTIONS = ("ray", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "pyarrow", "numpy", "mlflow", "roo-ray")
 SERVER_TIMEOUT_S = 5.0

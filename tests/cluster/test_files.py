@@ -16,8 +16,8 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from roo_ray.config import load_config
 from roo_ray.cluster.grace import GRACE_VARIABLE
+from roo_ray.config import load_config
 from tests.cluster.heads import ROOT
 
 CLUSTER = ROOT / "cluster"

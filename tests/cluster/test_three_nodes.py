@@ -15,8 +15,8 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from roo_ray.errors import EXIT_BAD_INPUT, EXIT_OK
 from roo_ray.cluster.grace import GRACE_VARIABLE
+from roo_ray.errors import EXIT_BAD_INPUT, EXIT_OK
 from tests.cluster.heads import ROOT
 from tests.jobs.small import cli_overrides
 
