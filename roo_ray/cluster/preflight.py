@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from roo_ray.cluster.findings import Finding, fail, ok, warn
 from roo_ray.cluster.grace import GRACE_VARIABLE
 from roo_ray.cluster.links import Links
-from roo_ray.cluster.probe import DISTRIBUTIONS, NodeFacts
 from roo_ray.cluster.places import workers_wanted
+from roo_ray.cluster.probe import DISTRIBUTIONS, NodeFacts
 from roo_ray.config import Config
 from roo_ray.terminal import human_bytes
 

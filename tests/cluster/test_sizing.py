@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -112,7 +113,8 @@ def size(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     (folder / "prices.yaml").write_text(yaml.safe_dump(PRICES.model_dump()))
     files = ["--costs", f"{folder}/costs.yaml", "--prices", f"{folder}/prices.yaml"]
     command = [sys.executable, "jobs/size_cluster.py", "--config", "configs/demo.yaml", *files, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_the_job_refuses_what_it_cannot_size(tmp_path: Path) -> None:
