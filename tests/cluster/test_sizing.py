@@ -9,17 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from roo_ray.cluster.price_files import read_costs
-from roo_ray.cluster.sizing import Prices, Shape, UnitCosts, cheapest, fit_costs, memory_of, predict
+from roo_ray.cluster.sizing import Prices, Shape, UnitCosts, cheapest, fit_costs, memory_of, predict, shape_of
 from roo_ray.config import load_config
-from roo_ray.errors import EXIT_BAD_INPUT, ConfigError
+from roo_ray.errors import EXIT_BAD_INPUT, EXIT_OK, ConfigError
 from roo_ray.models.ranking import make_towers
+from roo_ray.requests.manifest import load_manifest
 from tests.cluster.heads import ROOT
+from tests.ingest import shard_maker
+from tests.ingest.shard_maker import random_rows, write_data_set
 
 SHAPE = Shape(
     steps=1000,
@@ -92,13 +94,6 @@ def test_uneven_lanes_wait_for_the_fullest_rank() -> None:
     assert predict(uneven, 3, COSTS, PRICES).step_s >= predict(uneven, 2, COSTS, PRICES).step_s
 
 
-def test_dense_bytes_are_those_of_the_model() -> None:
-    config = load_config(ROOT / "configs/demo.yaml")
-    towers = make_towers(config.request_schema, config.model)
-    with torch.no_grad():
-        assert sum(p.numel() for p in towers.parameters()) > 1000
-
-
 def test_files_with_unknown_keys_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "costs.yaml"
     path.write_text("fixed_s: 0.01\nper_megaflop_s: 0.1\nspeed: 3\n")
@@ -108,13 +103,46 @@ def test_files_with_unknown_keys_are_refused(tmp_path: Path) -> None:
         read_costs(str(tmp_path / "none.yaml"))
 
 
-def size(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def size(folder: Path, *arguments: str, config: str | None = None) -> subprocess.CompletedProcess[str]:
     (folder / "costs.yaml").write_text(yaml.safe_dump(COSTS.model_dump()))
     (folder / "prices.yaml").write_text(yaml.safe_dump(PRICES.model_dump()))
     files = ["--costs", f"{folder}/costs.yaml", "--prices", f"{folder}/prices.yaml"]
-    command = [sys.executable, "jobs/size_cluster.py", "--config", "configs/demo.yaml", *files, *arguments]
+    path = f"{folder}/{config}" if config else "configs/demo.yaml"
+    command = [sys.executable, "jobs/size_cluster.py", "--config", path, *files, *arguments]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_shape_of_a_run_on_real_shards(tmp_path: Path) -> None:
+    """Steps, bytes of tables and of the model against those of a manifest's files and the modules themselves; the
+    job prints a table for them."""
+    schema = shard_maker.schema()
+    (tmp_path / "schema.yaml").write_text(schema.to_yaml())
+    counts = [1 + i % 9 for i in range(400)]
+    write_data_set(tmp_path / "requests", random_rows(counts, 3, days=4), schema, row_group=20, file_rows=100)
+    manifest = load_manifest(str(tmp_path / "requests"))
+    content = {"name": "sized", "schema": "schema.yaml", "requests": f"{tmp_path}/requests"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content | {"ingest": {"batch_impressions": 40}}))
+    config = load_config(tmp_path / "config.yaml")
+    shape = shape_of(config, manifest)
+    trained = sum(file.requests for file in manifest.files if file.day != manifest.days[-1])
+    impressions = sum(file.impressions for file in manifest.files if file.day != manifest.days[-1])
+    assert shape.steps == pytest.approx(impressions / (40 * config.ingest.lanes), rel=0.15)
+    assert shape.requests * shape.steps == pytest.approx(trained, rel=0.15)
+    towers = make_towers(schema, config.model)
+    assert shape.dense_bytes == 4 * sum(p.numel() for p in towers.parameters())
+    for name, (size_of_table, _) in shape.table_bytes.items():
+        table = schema.tables[name]
+        assert size_of_table == table.rows * table.dim * 4 + table.rows * 4  # row-wise Adagrad: a float a row
+    with_adagrad = load_config(tmp_path / "config.yaml", ["model.embeddings.optimizer=adagrad"])
+    for name, (size_of_table, _) in shape_of(with_adagrad, manifest).table_bytes.items():
+        assert size_of_table > shape.table_bytes[name][0]
+    done = size(tmp_path, "--workers", "1,2,4,99", "--deadline", "10h", config="config.yaml")
+    assert done.returncode == EXIT_OK, done.stderr
+    assert done.stdout.count("cheapest") == 1
+    late = size(tmp_path, "--deadline", "0.001s", config="config.yaml")
+    assert late.returncode == EXIT_BAD_INPUT
+    assert "no number of workers fits" in late.stderr
 
 
 def test_the_job_refuses_what_it_cannot_size(tmp_path: Path) -> None:
