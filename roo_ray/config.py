@@ -8,6 +8,7 @@ copy of the working directory, finds the same data. URIs (``s3://...``, ``gs://.
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +19,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_
 from roo_ray.errors import ConfigError
 from roo_ray.schema import Schema, Strict, load_schema, readable_errors
 from roo_ray.source_config import DataPath, Source
+from roo_ray.storage import beside, read_text, without_secrets
 
 
 def _day(value: Any) -> str:
@@ -109,6 +111,8 @@ class Ingest(Strict):
     ``on_bad_shard``: a missing or damaged file is an error (``fail``), or skipped and counted (``skip``).
     ``reader``: ``ray_data`` (tasks on data nodes) or ``thread`` (a background thread of the trainer); both
     deliver the identical stream. ``prefetch_batches``: batches that a lane has ready.
+    ``task_labels``, ``task_resources``: of the nodes on which the tasks of ``ray_data`` may run: labels that a node
+    must have, custom resources that a task takes (docs/cluster.md).
     """
 
     lanes: int = Field(default=12, gt=0)
@@ -122,6 +126,8 @@ class Ingest(Strict):
     on_bad_shard: Literal["fail", "skip"] = "fail"
     reader: Literal["ray_data", "thread"] = "ray_data"
     prefetch_batches: int = Field(default=4, gt=0)
+    task_labels: dict[str, str] = Field(default_factory=dict)
+    task_resources: dict[str, float] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _some_budget(self) -> Ingest:
@@ -296,13 +302,18 @@ class RaySettings(Strict):
     """``address``: a running cluster (default: ``RAY_ADDRESS``, else a local Ray is started).
     ``local_cpus``: logical CPUs of a local Ray; by default the cores, and at least workers + 2, because Ray
     Data needs CPUs beside the trainers. ``cpus_per_worker``: CPUs that a trainer takes; ``data_cpus``: CPUs
-    that must be left for Ray Data."""
+    that must be left for Ray Data. ``worker_labels``, ``worker_resources``: labels that a trainer's node must have,
+    custom resources that a trainer takes. ``wait_for_nodes_s``: on an autoscaled cluster, how long a job waits for
+    the nodes that it needs; 0 refuses a cluster that has not got them."""
 
     address: str | None = None
     local_cpus: int | None = Field(default=None, gt=0)
     cpus_per_worker: float = Field(default=1, gt=0)
     data_cpus: float = Field(default=1, gt=0)
     object_store_bytes: int | None = Field(default=None, gt=0)
+    worker_labels: dict[str, str] = Field(default_factory=dict)
+    worker_resources: dict[str, float] = Field(default_factory=dict)
+    wait_for_nodes_s: float = Field(default=0, ge=0)
 
 
 class Config(Strict):
@@ -365,24 +376,24 @@ def _set_by_dots(content: dict[str, Any], override: str) -> None:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a config file, applies ``key=value`` overrides (dots go into sections) and validates it.
+    """Reads a config file, at a local path or URI, applies ``key=value`` overrides (dots go into sections) and
+    validates it. A schema's path in it is relative to it.
 
     Raises ConfigError, one line per wrong key.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"config file not found: {path}")
+    where = str(path)
+    text = read_text(where, "config")
+    path = without_secrets(where) if "://" in where else where
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping")
     for override in overrides:
         _set_by_dots(content, override)
     if isinstance(content.get("schema"), str):
-        schema_path = Path(content["schema"]).expanduser()
-        content["schema"] = load_schema(schema_path if schema_path.is_absolute() else path.parent / schema_path)
+        content["schema"] = load_schema(beside(where, os.path.expanduser(content["schema"])))
     try:
         return Config.model_validate(content)
     except ValidationError as error:

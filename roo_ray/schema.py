@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from roo_ray.errors import ConfigError
+from roo_ray.storage import read_text, without_secrets
 
 Level = Literal["request", "impression"]
 Kind = Literal["dense", "ids", "sequence"]
@@ -306,11 +307,6 @@ def parse_schema(text: str, origin: str = "schema") -> Schema:
 
 
 def load_schema(path: str | Path) -> Schema:
-    """Reads a schema file. Raises ConfigError where it is missing or wrong."""
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"schema file not found: {path}")
-    try:
-        return parse_schema(path.read_text(encoding="utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    """Reads a schema file, at a local path or URI. Raises ConfigError where it is missing or wrong."""
+    path = str(path)
+    return parse_schema(read_text(path, "schema"), without_secrets(path) if "://" in path else path)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,6 +51,9 @@ apply_environment()
 
 import ray  # noqa: E402  (after the environment, on purpose)
 from ray.data import DataContext  # noqa: E402
+from ray.util.placement_group import placement_group, remove_placement_group  # noqa: E402
+
+SECONDS_FOR_RESOURCES_TO_COME_BACK = 10.0
 
 
 @contextmanager
@@ -88,14 +92,18 @@ def connect(
         )
     quiet_data_context()
     try:
-        require_resources(workers, settings.cpus_per_worker, settings.data_cpus, bool(training and training.gpu))
+        gpu = bool(training and training.gpu)
+        if address and training and settings.wait_for_nodes_s:
+            wait_for_nodes(settings, workers, gpu, say)
+        require_resources(workers, settings.cpus_per_worker, settings.data_cpus, gpu)
         yield
     finally:
         ray.shutdown()
 
 
 def require_resources(workers: int, cpus_per_worker: float, data_cpus: float, gpu: bool) -> None:
-    """Raises ClusterError where the cluster has too few CPUs or GPUs for the trainers and Ray Data together.
+    """Raises ClusterError where the cluster has too few CPUs or GPUs for the trainers and Ray Data together, or
+    other jobs hold them.
 
     Two 1-CPU trainers on 2 CPUs would leave Ray Data none: the job would wait for ever without a word.
     """
@@ -113,6 +121,50 @@ def require_resources(workers: int, cpus_per_worker: float, data_cpus: float, gp
             f"training.gpu is on and the cluster has {total.get('GPU', 0):g} GPUs for {workers} workers; "
             "lower training.workers, add GPU nodes, or set training.gpu=false"
         )
+    wanted = {"CPU": needed} | ({"GPU": float(workers)} if gpu else {})
+    deadline = time.monotonic() + SECONDS_FOR_RESOURCES_TO_COME_BACK
+    while short := {name: n for name, n in wanted.items() if ray.available_resources().get(name, 0) < n}:
+        if time.monotonic() > deadline:
+            free = ray.available_resources()
+            words = [f"{free.get(name, 0):g} of {total.get(name, 0):g} {name}s" for name in short]
+            raise ClusterError(
+                f"other jobs hold the cluster: {' and '.join(words)} are free, and the job needs "
+                f"{' and '.join(f'{n:g} {name}s' for name, n in short.items())}; wait for them (ray job list), or "
+                "on an autoscaled cluster set ray.wait_for_nodes_s"
+            )
+        time.sleep(0.2)
+
+
+def wait_for_nodes(settings: RaySettings, workers: int, gpu: bool, say: Callable[[str], None]) -> None:
+    """Asks an autoscaled cluster for what the job needs, and waits until it is there and free.
+
+    Asked by a placement group, which ends with this process: a standing request to the autoscaler would outlive a
+    killed job, and keep its nodes. Raises ClusterError after ``settings.wait_for_nodes_s``.
+    """
+    trainer = {"CPU": settings.cpus_per_worker} | ({"GPU": 1.0} if gpu else {}) | settings.worker_resources
+    bundles = [trainer] * workers + [{"CPU": 1.0}] * math.ceil(settings.data_cpus)
+    labels = [settings.worker_labels] * workers + [{}] * math.ceil(settings.data_cpus)
+    group = placement_group(bundles, bundle_label_selector=labels if settings.worker_labels else None)
+    try:
+        if group.wait(0.1):
+            return
+        say(
+            f"waiting up to {settings.wait_for_nodes_s:g} s for nodes with {workers} x {_words(trainer)} for the "
+            f"trainers and {settings.data_cpus:g} CPUs for data"
+        )
+        if not group.wait(settings.wait_for_nodes_s):
+            total = {name: n for name, n in ray.cluster_resources().items() if name in ("CPU", "GPU")}
+            raise ClusterError(
+                f"after {settings.wait_for_nodes_s:g} s (ray.wait_for_nodes_s) the cluster has {_words(total)}, and "
+                f"not free {workers} x {_words(trainer)} for the trainers and {settings.data_cpus:g} CPUs for data; "
+                "see ray status on the head: no node type may fit, max_workers be reached, or the cloud have none"
+            )
+    finally:
+        remove_placement_group(group)
+
+
+def _words(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{n:g} {name}" for name, n in resources.items()) or "nothing"
 
 
 def alive_nodes() -> int:

@@ -8,7 +8,8 @@ import re
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from roo_ray.errors import DataError
+from roo_ray.errors import ConfigError, DataError
+from roo_ray.redact import redact_text
 
 
 def open_filesystem(path: str) -> tuple[pafs.FileSystem, str]:
@@ -18,13 +19,41 @@ def open_filesystem(path: str) -> tuple[pafs.FileSystem, str]:
     try:
         filesystem, inner = pafs.FileSystem.from_uri(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"cannot open {path}: {error}; use a local path, s3://..., or gs://...") from None
+        reason = redact_text(f"cannot open {path}: {error}")
+        raise DataError(f"{reason}; use a local path, s3://..., or gs://...") from None
     return filesystem, inner
 
 
 def without_secrets(path: str) -> str:
     """A path or URI without the keys that may stand in it, to be kept and shown."""
     return re.sub(r"(?<=://)[^/@]*@", "", path.partition("?")[0])
+
+
+def read_text(path: str, what: str) -> str:
+    """The text of a file at a local path or URI. Raises ConfigError, naming ``what`` it is, where it is missing or
+    not UTF-8."""
+    shown = without_secrets(path) if "://" in path else path
+    filesystem, inner = open_filesystem(path)
+    try:
+        if not filesystem.get_file_info(inner).is_file:
+            raise ConfigError(f"{what} file not found: {shown}")
+        with filesystem.open_input_stream(inner) as stream:
+            return bytes(stream.read()).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{shown}: not valid YAML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{what} file {shown} cannot be read: {error}") from None
+
+
+def beside(path: str, name: str) -> str:
+    """The path of ``name`` relative to the folder of the file at ``path``, a local path or URI; absolute paths and
+    URIs are taken as they are."""
+    if "://" in name or os.path.isabs(name):
+        return name
+    if "://" not in path:
+        return os.path.join(os.path.dirname(path), name)
+    base, mark, query = path.partition("?")
+    return base.rpartition("/")[0] + "/" + name + mark + query
 
 
 def join_path(path: str, *parts: str) -> str:

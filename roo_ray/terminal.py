@@ -18,7 +18,7 @@ from roo_ray.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, 
 def job_parser(description: str) -> argparse.ArgumentParser:
     """A parser with what every job takes: ``--config FILE`` and ``key=value`` overrides."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML config (see configs/)")
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML config (see configs/), a path or URI")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="overrides, such as training.epochs=2 ingest.lanes=8"
     )

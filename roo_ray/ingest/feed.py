@@ -12,7 +12,7 @@ import asyncio
 import pickle
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -43,10 +43,13 @@ def _read_block(block: pa.Table, settings: PackSettings) -> Iterator[pa.Table]:
             return
 
 
-def read_blocks(settings: PackSettings, some_parcels: Iterable[Parcel], held_cpus: float) -> Iterator[tuple[int, Any]]:
+def read_blocks(
+    settings: PackSettings, some_parcels: Iterable[Parcel], held_cpus: float, placing: Mapping[str, Any] | None = None
+) -> Iterator[tuple[int, Any]]:
     """(rank, reference to the packed table) of each parcel, in their order, read by Ray Data.
 
-    ``held_cpus``: CPUs of the cluster that are not for reading. Ray must be initialised.
+    ``held_cpus``: CPUs of the cluster that are not for reading. ``placing``: where the tasks may run, as options of
+    Ray tasks. Ray must be initialised.
     """
     session.quiet_data_context()
     context = DataContext.get_current()
@@ -66,6 +69,7 @@ def read_blocks(settings: PackSettings, some_parcels: Iterable[Parcel], held_cpu
             zero_copy_batch=True,
             fn_kwargs={"settings": settings},
             num_cpus=1,
+            **(placing or {}),
         )
         ranks = iter([parcel.rank for parcel in some])
         bundles = packed.iter_internal_ref_bundles()
@@ -79,6 +83,13 @@ def read_blocks(settings: PackSettings, some_parcels: Iterable[Parcel], held_cpu
                 close()
         if next(ranks, None) is not None:
             raise RuntimeError("Ray Data ended with windows missing")
+
+
+def placing(settings: StreamSettings) -> dict[str, Any]:
+    """Options of the reading tasks that keep them on the nodes meant for them."""
+    ingest = settings.ingest
+    labels = {"label_selector": dict(ingest.task_labels)} if ingest.task_labels else {}
+    return labels | ({"resources": dict(ingest.task_resources)} if ingest.task_resources else {})
 
 
 class Feed:
@@ -104,7 +115,7 @@ class Feed:
             windows = (window for plan in plans for window in plan.reading_order(lanes, settings.start))
             store = ray.cluster_resources().get("object_store_memory", 0.0)
             together = parcels(windows, self.owner, PackedSize(settings.schema), parcel_bytes(store, len(self.queues)))
-            for rank, block in read_blocks(packing, together, held_cpus):
+            for rank, block in read_blocks(packing, together, held_cpus, placing(settings)):
                 with self.changed:
                     self.queues[rank].append(block)
                     self.most[rank] = max(self.most[rank], len(self.queues[rank]))

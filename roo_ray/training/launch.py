@@ -158,7 +158,10 @@ def make_trainer(job: WorkerJob, run_name: str) -> TorchTrainer:
             num_workers=training.workers if isinstance(training.workers, int) else elastic(training.workers),
             elastic_resize_monitor_interval_s=getattr(training.workers, "check_seconds", 60.0),
             use_gpu=training.gpu,
-            resources_per_worker={"CPU": job.config.ray.cpus_per_worker} | ({"GPU": 1} if training.gpu else {}),
+            resources_per_worker={"CPU": job.config.ray.cpus_per_worker}
+            | ({"GPU": 1} if training.gpu else {})
+            | job.config.ray.worker_resources,
+            label_selector=job.config.ray.worker_labels or None,
         ),
         run_config=RunConfig(
             name=run_name,

@@ -29,6 +29,7 @@ from mlflow.tracking import MlflowClient
 
 from roo_ray.config import Tracking
 from roo_ray.errors import ClusterError, ConfigError
+from roo_ray.redact import redact, redact_text
 from roo_ray.source_config import home
 from roo_ray.training.outbox import Entry, Outbox
 
@@ -170,7 +171,7 @@ class RunLogger:
             return {}
         client = self._outbox.sender.client
         known = client.get_run(self._handle.run_id).data.params
-        flat = {name: value[:MAX_PARAM_LENGTH] for name, value in flatten(content).items()}
+        flat = {name: value[:MAX_PARAM_LENGTH] for name, value in flatten(redact(content)).items()}
         new = [Param(name, value) for name, value in flat.items() if name not in known]
         for start in range(0, len(new), 100):
             client.log_batch(self._handle.run_id, params=new[start : start + 100])
@@ -178,7 +179,7 @@ class RunLogger:
 
     def tags(self, content: Mapping[str, Any]) -> None:
         """Sets tags."""
-        self._put({"kind": "tags", "tags": {key: str(value) for key, value in content.items()}})
+        self._put({"kind": "tags", "tags": {key: redact_text(str(value)) for key, value in content.items()}})
 
     def metrics(self, values: Mapping[str, float | None], step: int = 0) -> None:
         """Logs finite values at a step; returns at once."""

@@ -1,0 +1,1 @@
+"""A cluster before money is spent on it: preflight checks, and how large it should be."""

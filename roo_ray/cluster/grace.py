@@ -1,0 +1,21 @@
+"""How long a stopped job has for its last checkpoint.
+
+``ray job stop`` sends SIGTERM to the driver, which hands it on to the trainers, and SIGKILL after the head's grace
+period: ``RAY_JOB_STOP_WAIT_TIME_S`` where ``ray start --head`` runs, 3 s by default, which no checkpoint fits in. The
+files in cluster/ set it, and jobs/preflight.py checks it.
+"""
+
+from __future__ import annotations
+
+import os
+
+GRACE_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
+RAY_DEFAULT_GRACE_S = 3.0
+
+
+def grace_seconds() -> float:
+    """Seconds that a job which is stopped has on this node, if it is the head."""
+    try:
+        return float(os.environ.get(GRACE_VARIABLE, RAY_DEFAULT_GRACE_S))
+    except ValueError:
+        return RAY_DEFAULT_GRACE_S

@@ -1,0 +1,188 @@
+"""The checks of a cluster and a config: facts of the nodes -> findings. Pure; ``probe`` and ``links`` ask the nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from roo_ray.cluster.findings import Finding, fail, ok, warn
+from roo_ray.cluster.grace import GRACE_VARIABLE
+from roo_ray.cluster.links import Links
+from roo_ray.cluster.places import workers_wanted
+from roo_ray.cluster.probe import DISTRIBUTIONS, NodeFacts
+from roo_ray.config import Config
+from roo_ray.terminal import human_bytes
+
+TRIPLES = {  # torch -> (torchrec, fbgemm)
+    "2.11": ("1.6", "1.6"),
+    "2.12": ("1.7", "1.7"),
+    "2.13": ("1.8", "1.8"),
+}
+LEAST_GRACE_S = 30.0
+LEAST_OBJECT_STORE = 300_000_000
+LEAST_DISK = 10_000_000_000
+LEAST_BANDWIDTH = 100_000_000  # bytes per second; below it a step waits for the network
+
+
+def check_silent(silent: Sequence[str]) -> list[Finding]:
+    """Nodes that did not answer."""
+    todo = "run the same image on every node, with roo_ray's dependencies in it (ray status, the node's logs)"
+    return [fail("nodes", f"{name} does not answer", todo) for name in silent]
+
+
+def check_versions(nodes: Sequence[NodeFacts]) -> list[Finding]:
+    """Equal on all nodes; torch, torchrec and fbgemm of one release."""
+    findings = []
+    for name in ("python", *DISTRIBUTIONS):
+        # CPU and GPU builds of one release differ in name or local part alone
+        by_version: dict[str, list[str]] = {}
+        for node in nodes:
+            version = node.versions.get(name, "none").partition("+")[0]
+            by_version.setdefault(version, []).append(node.node)
+        if name.startswith("fbgemm"):
+            by_version.pop("none", None)
+        if len(by_version) > 1:
+            words = "; ".join(f"{v} on {', '.join(where)}" for v, where in sorted(by_version.items()))
+            findings.append(fail("versions", f"{name} differs: {words}", "build all images from one commit"))
+    for node in nodes:
+        release = {name: ".".join(v.split(".")[:2]) for name, v in node.versions.items()}
+        fbgemm = release.get("fbgemm-gpu-cpu", release.get("fbgemm-gpu", "none"))
+        found = (release.get("torchrec", "none"), fbgemm)
+        wanted = TRIPLES.get(release.get("torch", "none"))
+        if wanted is not None and found != wanted:
+            findings.append(
+                fail(
+                    "versions",
+                    f"{node.node}: torch {release['torch']} with torchrec {found[0]} and fbgemm {found[1]}",
+                    f"install torchrec {wanted[0]} and fbgemm {wanted[1]} (cluster/requirements-*.txt)",
+                )
+            )
+        elif wanted is None:
+            text = f"{node.node}: torch {release.get('torch', 'none')} is untried here"
+            findings.append(warn("versions", text, f"take torch {', '.join(TRIPLES)}"))
+    if findings:
+        return findings
+    first = nodes[0].versions
+    names = [f"{name} {first[name]}" for name in ("python", "ray", "torch", "torchrec") if name in first]
+    return [ok("versions", f"equal on {len(nodes)} nodes: {', '.join(names)}")]
+
+
+def check_places(config: Config, nodes: Sequence[NodeFacts]) -> list[Finding]:
+    """Whether nodes have the labels, CPUs and GPUs that the config asks for."""
+    findings = []
+    training, settings = config.training, config.ray
+    for what, wanted in (
+        ("ray.worker_labels", settings.worker_labels),
+        ("ingest.task_labels", config.ingest.task_labels),
+    ):
+        if wanted and not any(wanted.items() <= node.labels.items() for node in nodes):
+            todo = "label the nodes (cluster/*.yaml), or wait for the autoscaler: ray.wait_for_nodes_s"
+            level = warn if settings.wait_for_nodes_s else fail
+            findings.append(level("places", f"no node has {what} {wanted}", todo))
+    places = [node for node in nodes if settings.worker_labels.items() <= node.labels.items()]
+    room = sum(
+        int(min(node.cpus // settings.cpus_per_worker, node.gpus if training.gpu else float("inf"))) for node in places
+    )
+    if room < workers_wanted(config):
+        todo = "lower training.workers, add nodes, or set ray.wait_for_nodes_s on an autoscaled cluster"
+        level = warn if settings.wait_for_nodes_s else fail
+        findings.append(level("places", f"room for {room} of {workers_wanted(config)} workers", todo))
+    for node in places:
+        if training.gpu and node.gpus and len(node.gpu_names) < node.gpus:
+            text = f"{node.node}: Ray counts {node.gpus:g} GPUs and torch sees {len(node.gpu_names)}"
+            findings.append(fail("gpus", text, "take the GPU image, and a driver for its CUDA"))
+    return findings or [ok("places", f"room for {room} workers; {workers_wanted(config)} wanted")]
+
+
+def check_reach(nodes: Sequence[NodeFacts], places: Sequence[str]) -> list[Finding]:
+    """Storage and MLflow from every node."""
+    todo = "give the nodes' identity the rights, open the network, or correct the address"
+    findings = [
+        fail("reach", f"{node.node} cannot use {place}: {problem}", todo)
+        for node in nodes
+        for place, problem in node.problems.items()
+    ]
+    return findings or [ok("reach", f"{len(nodes)} nodes reach {', '.join(places)}")]
+
+
+def check_local_paths(nodes: Sequence[NodeFacts], paths: Sequence[str]) -> list[Finding]:
+    """Local paths on a cluster of several nodes are different disks."""
+    local = sorted({path for path in paths if "://" not in path})
+    if len(nodes) < 2 or not local:
+        return []
+    todo = "use s3://... or gs://..., or a file system that all nodes mount there"
+    return [warn("storage", f"local paths on {len(nodes)} nodes: {', '.join(local)}", todo)]
+
+
+def check_memory(nodes: Sequence[NodeFacts]) -> list[Finding]:
+    """Shared memory, object stores, disks to spill to."""
+    findings = []
+    for node in nodes:
+        if node.shared_memory < node.object_store:
+            shm, store = human_bytes(node.shared_memory), human_bytes(node.object_store)
+            text = f"{node.node}: {shm} of /dev/shm, object store {store}"
+            findings.append(warn("shared memory", text, "enlarge /dev/shm (--shm-size; emptyDir of medium Memory)"))
+        if node.object_store < LEAST_OBJECT_STORE and node.cpus:
+            text = f"{node.node}: object store of {human_bytes(node.object_store)}"
+            findings.append(warn("object store", text, f"--object-store-memory of at least {LEAST_OBJECT_STORE}"))
+        if node.object_store > 0.6 * node.memory:
+            text = f"{node.node}: object store {human_bytes(node.object_store)} of {human_bytes(node.memory)}"
+            findings.append(warn("object store", text, "leave the workers' own memory: about 30 % is the store's"))
+        if node.disk_free < LEAST_DISK:
+            text = f"{node.node}: {human_bytes(node.disk_free)} free for spilling"
+            findings.append(warn("disk", text, f"at least {human_bytes(LEAST_DISK)}: a larger disk, or --temp-dir"))
+    if findings:
+        return findings
+    least = min((node.object_store for node in nodes), default=0)
+    return [ok("memory", f"object stores of at least {human_bytes(least)}, all within /dev/shm")]
+
+
+def check_grace(nodes: Sequence[NodeFacts], checkpoint_s: float = 0.0) -> list[Finding]:
+    """What `ray job stop` leaves a run for its last checkpoint, on the head."""
+    wanted = max(LEAST_GRACE_S, 3 * checkpoint_s)
+    for node in nodes:
+        if node.is_head and node.grace_s < wanted:
+            text = f"the head gives a stopped job {node.grace_s:g} s, and its last checkpoint wants {wanted:g}"
+            return [fail("job stop", text, f"{GRACE_VARIABLE}={max(300, round(wanted))} where ray start --head runs")]
+    return [ok("job stop", f"a stopped job has {min((n.grace_s for n in nodes if n.is_head), default=0):g} s")]
+
+
+def check_links(measure: Callable[[], Links]) -> list[Finding]:
+    """Whether the workers see each other, and how fast. ``measure`` raises ClusterError where they do not."""
+    try:
+        links = measure()
+    except RuntimeError as error:
+        return [fail("network", str(error), "open all ports between the nodes; NCCL_DEBUG=INFO says more")]
+    except ValueError as error:  # ClusterError
+        return [fail("network", str(error), "free places (ray status), open all ports between the nodes")]
+    if links.world == 1:
+        return [ok("network", f"{links.backend}: one worker, nothing to exchange")]
+    text = (
+        f"{links.backend} over {links.world} workers on {links.nodes} nodes: all-reduce "
+        f"{human_bytes(links.all_reduce)}/s, all-to-all {human_bytes(links.all_to_all)}/s, "
+        f"{links.latency_s * 1e3:.1f} ms"
+    )
+    if min(links.all_reduce, links.all_to_all) < LEAST_BANDWIDTH:
+        return [warn("network", text, "place the trainers close together; choose nodes with more network")]
+    return [ok("network", text)]
+
+
+def check_plan(memory: float, nodes: Sequence[NodeFacts], config: Config) -> list[Finding]:
+    """Whether the fullest worker's tables, state and batch (``sizing.memory_of``) fit its GPU or its share of a
+    node's memory beside the object store."""
+    labels, training = config.ray.worker_labels, config.training
+    room = []
+    for node in nodes:
+        if not labels.items() <= node.labels.items() or node.cpus < config.ray.cpus_per_worker:
+            continue
+        if training.gpu:
+            room += [float(node.gpu_memory)] if node.gpus else []
+        else:
+            here = min(int(node.cpus // config.ray.cpus_per_worker), workers_wanted(config))
+            room.append((node.memory - node.object_store) / here)
+    if not room:
+        return [warn("plan", f"a worker needs {human_bytes(memory)}; no trainer node is there yet", "ask again then")]
+    text = f"the fullest worker needs {human_bytes(memory)} of {human_bytes(min(room))}"
+    todo = "more workers, row-wise tables (training.row_wise_from), fp16 weights, smaller batches"
+    if memory > 0.9 * min(room):
+        return [fail("plan", text, todo)]
+    return [warn("plan", text, todo)] if memory > 0.7 * min(room) else [ok("plan", text)]

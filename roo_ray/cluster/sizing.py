@@ -1,0 +1,190 @@
+"""How large a cluster a run wants: step time, memory, data nodes, traffic, time and cost for W workers, from a
+manifest, a config and measured unit costs. Pure functions; ``jobs/size_cluster.py`` prints them.
+
+The model of a step on one of W workers that share ``cores`` with others of their node:
+
+    seconds = fixed + contention * work / W * per_megaflop + latency + all-to-all bytes / bandwidth
+
+``work`` is the step's cost over all lanes in megaflops (the model's own polynomial, ``models/cost.py``), contention
+how many times more threads than cores a node runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field
+
+from roo_ray.config import Config
+from roo_ray.errors import ConfigError
+from roo_ray.models.cost import training_megaflops
+from roo_ray.models.embeddings import lookup_features
+from roo_ray.models.ranking import make_towers
+from roo_ray.requests.manifest import Manifest
+from roo_ray.schema import Strict
+
+FLOAT = 4
+OPTIMIZER_FLOATS = {"rowwise_adagrad": 0, "adagrad": 1, "sgd": 0, "adam": 2, "lamb": 2}  # per weight, beside per row
+
+
+class UnitCosts(Strict):
+    """Measured costs of one unit, on the machines that the run will use.
+
+    ``fixed_s``: of a step, whatever is in it. ``per_megaflop_s``: of the model's counted work, with a core (or GPU)
+    to itself. ``latency_s``: what a second worker adds to a step. ``bandwidth``: bytes per second that a rank sends
+    in an all-to-all. ``read_requests_per_s``: of one CPU of a data node, decoding and packing. ``start_s``: until the
+    first step. ``checkpoint_bandwidth``: bytes per second. ``cores``: of a trainer's node, that its workers share;
+    0 where each worker has its own device. ``activation_bytes_per_megaflop``: memory that a step's work holds.
+    """
+
+    fixed_s: float = Field(ge=0)
+    per_megaflop_s: float = Field(gt=0)
+    latency_s: float = Field(default=0.0, ge=0)
+    bandwidth: float = Field(default=1e9, gt=0)
+    read_requests_per_s: float = Field(default=50_000, gt=0)
+    start_s: float = Field(default=30.0, ge=0)
+    checkpoint_bandwidth: float = Field(default=2e8, gt=0)
+    cores: int = Field(default=0, ge=0)
+    activation_bytes_per_megaflop: float = Field(default=0.0, ge=0)
+
+
+class Prices(Strict):
+    """``trainer_hour``: of one worker's share of a node; ``data_cpu_hour``: of one CPU of a data node;
+    ``head_hour``. Any currency. ``worker_memory``: bytes of one GPU, or of a worker's share of a node."""
+
+    trainer_hour: float = Field(ge=0)
+    data_cpu_hour: float = Field(default=0.05, ge=0)
+    head_hour: float = Field(default=0.0, ge=0)
+    worker_memory: float | None = Field(default=None, gt=0)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a run does, whatever it runs on. ``steps``: of an epoch; per step over all lanes: ``requests`` and
+    ``megaflops``; ``lookup_bytes``: looked-up embeddings of a request."""
+
+    steps: int
+    requests: float
+    megaflops: float
+    lookup_bytes: float
+    table_bytes: dict[str, tuple[float, bool]]  # weights and optimizer state; whether row-wise
+    dense_bytes: float
+    epochs: int
+    lanes: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A run on W workers. Bytes and seconds; ``exchange_bytes``: that a rank sends in a step."""
+
+    workers: int
+    step_s: float
+    memory: float
+    data_cpus: int
+    exchange_bytes: float
+    checkpoint_bytes: float
+    seconds: float
+    cost: float
+    fits: bool
+
+
+def shape_of(config: Config, manifest: Manifest) -> Shape:
+    """The run of ``config`` on a data set, from the means in its manifest. Raises ConfigError for no data."""
+    if not manifest.requests:
+        raise ConfigError(f"{config.requests} has no requests to size a run by")
+    schema, ingest = config.request_schema, config.ingest
+    impressions = max(manifest.impressions / manifest.requests, 1.0)
+    tokens = manifest.tokens / manifest.requests
+    one, t, tt, n, nt = training_megaflops(schema, config.model)
+    work = one + t * tokens + tt * tokens**2 + n * impressions + nt * impressions * tokens
+    fits = [ingest.batch_impressions / impressions] if ingest.batch_impressions else []
+    fits += [ingest.batch_cost / work] if ingest.batch_cost else []
+    per_lane = max(min(fits), 1.0)
+    events = tokens / max(len(schema.sequences), 1)
+    lookup, tables = 0.0, {}
+    impression_level = {f.name for f in schema.features if f.level == "impression"}
+    weight = FLOAT if config.model.embeddings.weights == "fp32" else 2
+    state = OPTIMIZER_FLOATS[config.model.embeddings.optimizer]
+    for table, keys in lookup_features(schema).items():
+        rows, dim = schema.tables[table].rows, schema.tables[table].dim
+        ids = sum(events if "." in key else impressions if key in impression_level else 1.0 for key in keys)
+        lookup += ids * dim * FLOAT
+        kind = config.model.embeddings.sharding.get(table)
+        row_wise = kind in ("row_wise", "column_wise") or (kind is None and rows >= config.training.row_wise_from)
+        tables[table] = (float(rows * (dim * (weight + state * FLOAT) + FLOAT)), row_wise)
+    with torch.random.fork_rng(devices=[]):
+        dense = sum(p.numel() for p in make_towers(schema, config.model).parameters())
+    trained = manifest.requests * training_share(config, manifest)
+    return Shape(
+        steps=max(1, math.ceil(trained / (per_lane * ingest.lanes))),
+        requests=min(per_lane * ingest.lanes, trained),
+        megaflops=min(per_lane * ingest.lanes, trained) * work,
+        lookup_bytes=lookup,
+        table_bytes=tables,
+        dense_bytes=float(dense * FLOAT),
+        epochs=config.training.epochs,
+        lanes=ingest.lanes,
+    )
+
+
+def training_share(config: Config, manifest: Manifest) -> float:
+    """The share of the requests that is trained on."""
+    if config.holdout.by == "request":
+        return 1.0 - config.holdout.fraction
+    held = set(manifest.days[-config.holdout.days :])
+    return 1.0 - sum(file.requests for file in manifest.files if file.day in held) / manifest.requests
+
+
+def memory_of(shape: Shape, workers: int, costs: UnitCosts) -> float:
+    """Bytes that the fullest worker holds: its tables with their optimizer's state (row-wise tables are split, the
+    others dealt out largest first), the dense part with gradients and Adam's two moments, looked-up embeddings with
+    gradients and the exchange's buffer, and what the step's work holds until backward."""
+    loads = [sum(size for size, split in shape.table_bytes.values() if split) / workers] * workers
+    for size in sorted((size for size, split in shape.table_bytes.values() if not split), reverse=True):
+        loads[loads.index(min(loads))] += size
+    lanes = math.ceil(shape.lanes / workers) / shape.lanes
+    lookups = 3 * shape.lookup_bytes * shape.requests * lanes
+    return max(loads) + 4 * shape.dense_bytes + lookups + shape.megaflops * lanes * costs.activation_bytes_per_megaflop
+
+
+def predict(shape: Shape, workers: int, costs: UnitCosts, prices: Prices, saves: int = 1) -> Prediction:
+    """A run on so many workers; ``saves``: checkpoints in all."""
+    lanes = math.ceil(shape.lanes / workers) / shape.lanes  # of the step's work, on the rank that has most of it
+    contention = max(1.0, workers / costs.cores) if costs.cores else 1.0
+    leaves = (workers - 1) / workers
+    exchange = 2 * shape.lookup_bytes * shape.requests * lanes * leaves  # forward, and gradients back
+    step = costs.fixed_s * contention + contention * shape.megaflops * lanes * costs.per_megaflop_s
+    if workers > 1:
+        reduced = 2 * leaves * shape.dense_bytes
+        step += costs.latency_s * contention + (exchange + reduced) / costs.bandwidth
+    state = sum(size for size, _ in shape.table_bytes.values()) + 3 * shape.dense_bytes
+    data_cpus = max(1, math.ceil(shape.requests / step / costs.read_requests_per_s))
+    training = shape.epochs * shape.steps * step
+    seconds = costs.start_s + training + saves * state / workers / costs.checkpoint_bandwidth
+    per_hour = workers * prices.trainer_hour + data_cpus * prices.data_cpu_hour + prices.head_hour
+    memory = memory_of(shape, workers, costs)
+    fits = prices.worker_memory is None or memory <= prices.worker_memory
+    return Prediction(workers, step, memory, data_cpus, exchange, state, seconds, per_hour * seconds / 3600, fits)
+
+
+def cheapest(predictions: Sequence[Prediction], deadline_s: float | None) -> Prediction | None:
+    """The cheapest that fits into memory and ends by the deadline; among equals the fastest."""
+    good = [p for p in predictions if p.fits and (deadline_s is None or p.seconds <= deadline_s)]
+    return min(good, key=lambda p: (p.cost, p.seconds), default=None)
+
+
+def fit_costs(measured: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(fixed_s, per_megaflop_s) from (megaflops, seconds) of steps of one worker, at two or more batch sizes: the
+    least-squares line, kept from falling below zero. Raises ConfigError for fewer than two sizes."""
+    if len({work for work, _ in measured}) < 2:
+        raise ConfigError("unit costs need measured steps of at least two batch sizes")
+    mean_x = sum(x for x, _ in measured) / len(measured)
+    mean_y = sum(y for _, y in measured) / len(measured)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in measured) / sum((x - mean_x) ** 2 for x, _ in measured)
+    if slope <= 0:  # noise: all of it goes to the work
+        return 0.0, mean_y / mean_x
+    fixed = mean_y - slope * mean_x
+    return (fixed, slope) if fixed >= 0 else (0.0, sum(x * y for x, y in measured) / sum(x * x for x, _ in measured))

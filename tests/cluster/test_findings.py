@@ -1,0 +1,153 @@
+"""The judgements of preflight on facts, one by one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from roo_ray.cluster import preflight
+from roo_ray.cluster.findings import Finding, worst
+from roo_ray.cluster.links import Links
+from roo_ray.cluster.probe import NodeFacts, server_problem, storage_problem, versions
+from roo_ray.config import Config, load_config
+from roo_ray.errors import ClusterError
+from tests.cluster.heads import ROOT, free_port
+
+GB = 10**9
+NODE = NodeFacts(
+    node="a",
+    is_head=False,
+    labels={"role": "trainer"},
+    cpus=4,
+    gpus=0,
+    versions={
+        "python": "3.11.7",
+        "ray": "2.60.0",
+        "torch": "2.13.0+cpu",
+        "torchrec": "1.8.0",
+        "fbgemm-gpu-cpu": "1.8.0",
+    },
+    memory=64 * GB,
+    shared_memory=30 * GB,
+    object_store=19 * GB,
+    disk_free=400 * GB,
+    grace_s=3,
+)
+HEAD = replace(NODE, node="head", is_head=True, labels={}, cpus=2, grace_s=300)
+
+
+def demo(*overrides: str) -> Config:
+    return load_config(ROOT / "configs/demo.yaml", overrides)
+
+
+def level_and_text(findings: list[Finding]) -> tuple[str, str]:
+    assert all(finding.do for finding in findings if finding.level != "ok")
+    return worst(findings), " | ".join(finding.line() for finding in findings)
+
+
+def test_versions_equal_on_all_nodes() -> None:
+    assert worst(preflight.check_versions([HEAD, NODE])) == "ok"
+    gpu = {**NODE.versions, "torch": "2.13.0", "fbgemm-gpu": "1.8.0"}
+    del gpu["fbgemm-gpu-cpu"]
+    assert worst(preflight.check_versions([HEAD, replace(NODE, versions=gpu)])) == "ok"  # one release, two builds
+    other = replace(NODE, node="b", versions={**NODE.versions, "ray": "2.59.0"})
+    level, text = level_and_text(preflight.check_versions([HEAD, other]))
+    assert level == "fail"
+    assert "ray differs: 2.59.0 on b; 2.60.0 on head" in text
+    old = replace(NODE, versions={**NODE.versions, "torchrec": "1.7.0"})
+    level, text = level_and_text(preflight.check_versions([old]))
+    assert level == "fail"
+    assert "torch 2.13 with torchrec 1.7" in text
+
+
+def test_versions_of_this_machine_fit() -> None:
+    assert worst(preflight.check_versions([replace(NODE, versions=versions())])) == "ok"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "level", "text"),
+    [
+        (["ray.worker_labels={role: trainer}", "training.workers=4"], "ok", "room for 4 workers"),
+        (["ray.worker_labels={role: nobody}"], "fail", "no node has ray.worker_labels"),
+        (["ray.worker_labels={role: nobody}", "ray.wait_for_nodes_s=60"], "warn", "no node has ray.worker_labels"),
+        (["ingest.task_labels={role: data}"], "fail", "no node has ingest.task_labels"),
+        (["training.gpu=true"], "fail", "room for 0 of 2 workers"),
+        (["ray.cpus_per_worker=3"], "fail", "room for 1 of 2 workers"),
+    ],
+)
+def test_places(overrides: list[str], level: str, text: str) -> None:
+    found = level_and_text(preflight.check_places(demo(*overrides), [HEAD, NODE]))
+    assert found[0] == level
+    assert text in found[1]
+
+
+def test_gpus_that_torch_does_not_see() -> None:
+    node = replace(NODE, gpus=2, gpu_names=("H100",))
+    level, text = level_and_text(preflight.check_places(demo("training.gpu=true"), [node]))
+    assert level == "fail"
+    assert "Ray counts 2 GPUs and torch sees 1" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"shared_memory": 64_000_000}, "64.0 MB of /dev/shm"),
+        ({"object_store": 100_000_000}, "object store of 100.0 MB"),
+        ({"object_store": 50 * GB, "shared_memory": 60 * GB}, "object store 50.0 GB of 64.0 GB"),
+        ({"disk_free": GB}, "1.0 GB free for spilling"),
+    ],
+)
+def test_memory(change: dict[str, Any], text: str) -> None:
+    assert worst(preflight.check_memory([HEAD, NODE])) == "ok"
+    level, found = level_and_text(preflight.check_memory([HEAD, replace(NODE, **change)]))
+    assert level == "warn"
+    assert text in found
+
+
+def test_job_stop_grace_counts_on_the_head_alone() -> None:
+    assert worst(preflight.check_grace([HEAD, NODE])) == "ok"
+    level, text = level_and_text(preflight.check_grace([replace(HEAD, grace_s=3)]))
+    assert level == "fail"
+    assert "RAY_JOB_STOP_WAIT_TIME_S=300" in text
+    assert worst(preflight.check_grace([HEAD], checkpoint_s=200)) == "fail"
+
+
+def test_the_plan_fits_into_memory() -> None:
+    config = demo("ray.worker_labels={role: trainer}")
+    assert worst(preflight.check_plan(10 * GB, [HEAD, NODE], config)) == "ok"
+    assert worst(preflight.check_plan(18 * GB, [HEAD, NODE], config)) == "warn"
+    assert worst(preflight.check_plan(40 * GB, [HEAD, NODE], config)) == "fail"
+    on_gpu = demo("training.gpu=true")
+    assert worst(preflight.check_plan(10 * GB, [replace(NODE, gpus=1, gpu_memory=24 * GB)], on_gpu)) == "ok"
+    assert worst(preflight.check_plan(10 * GB, [HEAD], on_gpu)) == "warn"
+
+
+def test_links() -> None:
+    fast = Links("gloo", 2, 2, 1e9, 1e9, 1e-3)
+    assert worst(preflight.check_links(lambda: fast)) == "ok"
+    assert worst(preflight.check_links(lambda: replace(fast, all_to_all=1e6))) == "warn"
+
+    def broken() -> Links:
+        raise ClusterError("the 2 workers do not reach each other: timed out")
+
+    level, text = level_and_text(preflight.check_links(broken))
+    assert level == "fail"
+    assert "timed out" in text
+
+
+def test_what_cannot_be_reached_is_said_without_secrets(tmp_path: Any) -> None:
+    assert storage_problem(str(tmp_path / "new"), writes=True) is None
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "file").write_text("x")
+    problem = storage_problem(str(tmp_path / "file"), writes=True)
+    assert problem
+    assert server_problem(f"http://127.0.0.1:{free_port()}")
+    assert server_problem("sqlite:///x.db") is None
+    level, text = level_and_text(preflight.check_reach([replace(NODE, problems={"s3://b": problem})], ["s3://b"]))
+    assert level == "fail"
+    assert "a cannot use s3://b" in text
+    assert worst(preflight.check_reach([NODE], ["s3://b"])) == "ok"
+    assert worst(preflight.check_local_paths([HEAD, NODE], ["/data", "s3://b"])) == "warn"
+    assert preflight.check_local_paths([HEAD], ["/data"]) == []

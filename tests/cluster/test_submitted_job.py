@@ -1,0 +1,108 @@
+"""One run on a cluster that the real autoscaler makes and unmakes: submitted, stopped, submitted again."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from roo_ray.cluster.grace import GRACE_VARIABLE
+from roo_ray.errors import EXIT_BAD_INPUT
+from roo_ray.requests.manifest import manifest_versions
+from roo_ray.training.checkpoint import read_state
+from tests.cluster.heads import ROOT, Head, ray_cli, ray_head, submit
+from tests.jobs.small import cli_overrides
+
+NODE_TYPES: dict[str, Any] = {
+    "ray.head.default": {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 0},
+    "trainer": {
+        "resources": {"CPU": 1},
+        "labels": {"role": "trainer"},
+        "node_config": {},
+        "min_workers": 0,
+        "max_workers": 2,
+    },
+}
+PLACING = ["ray.worker_labels={role: trainer}", "ray.wait_for_nodes_s=200", "ray.data_cpus=2"]
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    with ray_head(2, {GRACE_VARIABLE: "60"}, NODE_TYPES) as head:
+        yield head
+
+
+def until(what: str, question: Callable[[], Any], seconds: float = 150) -> Any:
+    """The first true answer; fails after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if answer := question():
+            return answer
+        time.sleep(0.3)
+    raise AssertionError(f"not within {seconds} s: {what}")
+
+
+def trainer_nodes(client: JobSubmissionClient) -> int:
+    """Alive nodes of the autoscaled type, from the dashboard's API."""
+    answer = client._do_request("GET", "/api/v0/nodes").json()
+    nodes = answer["data"]["result"]["result"]
+    return sum(node["state"] == "ALIVE" and node["labels"].get("role") == "trainer" for node in nodes)
+
+
+def test_a_submitted_run_scales_up_stops_with_a_checkpoint_and_goes_on(head: Head, tmp_path: Path) -> None:
+    config = yaml.safe_load((ROOT / "configs/demo.yaml").read_text())
+    (tmp_path / "schema.yaml").write_text((ROOT / "configs" / config["schema"]).read_text())
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config | {"schema": "schema.yaml"}))
+    uri = (tmp_path / "config.yaml").as_uri()  # a config from a URI, its schema beside it
+    # a server would be one more process: the workers of this machine all see one SQLite file
+    arguments = ["jobs/train.py", "--config", uri, *cli_overrides(tmp_path, *PLACING, "run_name=submitted")]
+    arguments += ["training.checkpoint_every_steps=1000000", "tracking.enabled=false"]
+
+    submit(head, "first", *arguments, "training.epochs=500")
+    client = JobSubmissionClient(head.jobs)
+    assert trainer_nodes(client) == 0
+
+    def trains() -> bool:
+        log = client.get_job_logs("first")
+        assert client.get_job_status("first") in (JobStatus.PENDING, JobStatus.RUNNING), log[-3000:]
+        return "step 15 " in log
+
+    until("the run trains on nodes that were not there", trains, 200)
+    assert trainer_nodes(client) == 2
+    log = client.get_job_logs("first")
+    assert "waiting up to 200 s for nodes" in log
+
+    assert ray_cli("job", "stop", "--address", head.jobs, "first").returncode == 0
+    log = client.get_job_logs("first")
+    assert client.get_job_status("first") == JobStatus.STOPPED, log[-3000:]
+    assert "stopped: " in log
+    assert "Traceback" not in log
+    folder = max((tmp_path / "runs/submitted").glob("epoch-*"))
+    state = read_state(folder)
+    step = state.step
+    assert step >= 15  # there was no other checkpoint: this is the one of the stop
+    assert not (tmp_path / "runs/submitted/roo_ray_result.json").exists()
+
+    submit(head, "second", *arguments, f"training.epochs={state.epoch + 1}")
+    done = [JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED]
+    until("the run goes on to its end", lambda: client.get_job_status("second") in done)
+    log = client.get_job_logs("second")
+    assert client.get_job_status("second") == JobStatus.SUCCEEDED, log[-3000:]
+    assert f"resumed after epoch {state.epoch}, step {step}" in log
+    result = json.loads((tmp_path / "runs/submitted/roo_ray_result.json").read_text())
+    manifest_requests = result["metrics"]["epoch/requests"] + result["metrics"]["eval/requests"]
+    assert manifest_versions(str(tmp_path / "requests")) == [1]
+    assert manifest_requests == 900
+
+    submit(head, "wrong", "jobs/train.py", "--config", uri, "training.epoch=1")
+    until("the wrong config is refused", lambda: client.get_job_status("wrong") == JobStatus.FAILED)
+    assert client.get_job_info("wrong").driver_exit_code == EXIT_BAD_INPUT
+    assert "training.epoch: unknown key" in client.get_job_logs("wrong")
+
+    until("idle nodes go", lambda: trainer_nodes(client) == 0, 60)

@@ -1,0 +1,116 @@
+"""A cluster of three nodes on this machine (each a raylet of its own): preflight looks at it, and a training run
+outlives one of its nodes. The jobs are processes of their own, as a user starts them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from ray.cluster_utils import Cluster
+
+from roo_ray.cluster.grace import GRACE_VARIABLE
+from roo_ray.errors import EXIT_BAD_INPUT, EXIT_OK
+from tests.cluster.heads import ROOT
+from tests.jobs.small import cli_overrides
+
+TRAINERS = ["ray.worker_labels={role: trainer}", "tracking.enabled=false"]
+
+
+@pytest.fixture(scope="module")
+def three_nodes() -> Iterator[Cluster]:
+    """A head with 2 CPUs, and two nodes for trainers with 2 CPUs each."""
+    before = os.environ.get(GRACE_VARIABLE)
+    os.environ[GRACE_VARIABLE] = "60"
+    small = {"object_store_memory": 150_000_000, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, connect=False, head_node_args={"num_cpus": 2, **small})
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=2, object_store_memory=150_000_000, labels={"role": "trainer"})
+        yield cluster
+    finally:
+        os.environ.pop(GRACE_VARIABLE)
+        if before is not None:
+            os.environ[GRACE_VARIABLE] = before
+        cluster.shutdown()
+
+
+def start(cluster: Cluster, *arguments: str) -> subprocess.Popen[str]:
+    env = {**os.environ, "RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(job: subprocess.Popen[str], seconds: float = 200) -> tuple[int, str]:
+    try:
+        output, _ = job.communicate(timeout=seconds)
+    finally:
+        job.kill()
+    return job.returncode, output
+
+
+def node_with_a_trainer(cluster: Cluster) -> Any:
+    for node in cluster.worker_nodes:
+        raylet = node.all_processes["raylet"][0].process.pid
+        for process in psutil.Process(raylet).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    return node
+    raise AssertionError("no trainer runs on a worker node")
+
+
+def test_preflight_of_a_cluster(three_nodes: Cluster, tmp_path: Path) -> None:
+    arguments = ["jobs/preflight.py", "--config", "configs/demo.yaml", *cli_overrides(tmp_path), *TRAINERS]
+    code, output = finish(start(three_nodes, *arguments))
+    assert code == EXIT_OK, output[-3000:]
+    lines = {line[6:22].strip(): line for line in output.splitlines() if line[:5].strip() in ("ok", "warn", "fail")}
+    assert lines["versions"].startswith("ok    versions         equal on 3 nodes")
+    assert "room for 4 workers; 2 wanted" in lines["places"]
+    assert "3 nodes reach" in lines["reach"]
+    assert lines["job stop"].endswith("a stopped job has 60 s")
+    assert "gloo over 2 workers on" in lines["network"]
+    assert "object store of 150.0 MB" in lines["object store"]
+    assert lines["plan"].startswith("warn")  # no data set yet
+    assert not list((tmp_path / "runs").iterdir())  # what it wrote it took away
+
+
+def test_preflight_says_what_is_missing(three_nodes: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file where the runs' folder should be")
+    wrong = ["training.workers=4", "ray.cpus_per_worker=2", "tracking.uri=http://127.0.0.1:9"]
+    arguments = ["jobs/preflight.py", "--config", "configs/demo.yaml", *cli_overrides(tmp_path, *wrong)]
+    code, output = finish(start(three_nodes, *arguments))
+    assert code == EXIT_BAD_INPUT, output[-3000:]
+    assert "Traceback" not in output
+    assert "fail  places           room for 3 of 4 workers" in output
+    assert "the cluster has 6 CPUs, and the job needs 9" in output
+    assert output.count(f"cannot use {tmp_path}/runs") == 3
+    assert output.count("cannot use http://127.0.0.1:9") == 3
+
+
+def test_a_training_run_outlives_a_node(three_nodes: Cluster, tmp_path: Path) -> None:
+    options = [*TRAINERS, "training.checkpoint_every_steps=5", "training.max_failures=3", "run_name=node-lost"]
+    arguments = ["jobs/train.py", "--config", "configs/demo.yaml", *cli_overrides(tmp_path, *options)]
+    job = start(three_nodes, *arguments, "training.epochs=4")
+    lines = []
+    try:
+        assert job.stdout is not None
+        for line in job.stdout:
+            lines.append(line)
+            if "step 15 " in line:
+                three_nodes.remove_node(node_with_a_trainer(three_nodes), allow_graceful=False)
+                break
+        code, output = finish(job)
+    finally:
+        job.kill()
+    output = "".join(lines) + output
+    assert code == EXIT_OK, output[-4000:]
+    assert "resumed after epoch" in output
+    assert "Trained 'node-lost'" in output
+    assert (tmp_path / "runs/node-lost/roo_ray_result.json").is_file()
