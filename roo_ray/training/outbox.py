@@ -13,14 +13,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-from mlflow.entities import Metric, RunTag
-from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
+from typing import TYPE_CHECKING, Any
 
 from roo_ray.source_config import home
+
+if TYPE_CHECKING:  # importing MLflow takes seconds: ranks that log nothing do without, and rank 0 does it in the thread
+    from mlflow.tracking import MlflowClient
 
 MEMORY_ENTRIES = 20_000
 BATCH_METRICS = 500  # MLflow takes 1000 in a call
@@ -37,9 +37,16 @@ class Sender:
     those it has stored, is not stored again: steps come in order."""
 
     def __init__(self, uri: str, run_id: str) -> None:
-        self.client, self.run_id = MlflowClient(uri), run_id
+        self.uri, self.run_id = uri, run_id
         self._stored: dict[str, set[int]] = {}
         self._highest: dict[str, int] = {}
+
+    @cached_property
+    def client(self) -> MlflowClient:
+        """The client of the store; the first use imports MLflow."""
+        from mlflow.tracking import MlflowClient
+
+        return MlflowClient(self.uri)
 
     def _is_stored(self, name: str, step: int) -> bool:
         if name not in self._stored:
@@ -49,6 +56,8 @@ class Sender:
 
     def send(self, entries: list[Entry]) -> None:
         """Stores entries of one kind; sent again, they are stored once. Raises what the client does."""
+        from mlflow.entities import Metric, RunTag
+
         kind = entries[0]["kind"]
         if kind == "metric":
             highest, new = dict(self._highest), []
@@ -205,7 +214,7 @@ class Outbox:
                         self.warn(f"MLflow answers again at {self.uri}: what waited is being stored")
                     break
                 except Exception as error:
-                    if isinstance(error, MlflowException) and error.error_code in REFUSED:
+                    if getattr(error, "error_code", None) in REFUSED:
                         self._refuse(batch, error)
                         break
                     if not self._down:
@@ -224,7 +233,7 @@ class Outbox:
                 self._sending = []
                 self._changed.notify_all()
 
-    def _refuse(self, batch: list[Entry], error: MlflowException) -> None:
+    def _refuse(self, batch: list[Entry], error: Exception) -> None:
         if not self._refused:
             self.warn(f"MLflow refuses an entry of run {self.run_id} ({_short(error)}); it will stay in a file")
         self._refused += batch

@@ -23,10 +23,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from mlflow.entities import Param
-from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
-
 from roo_ray.config import Tracking
 from roo_ray.errors import ClusterError, ConfigError
 from roo_ray.redact import redact, redact_text
@@ -79,6 +75,9 @@ def open_run(
     """
     if not settings.enabled:
         return RunHandle(None)
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
     uri = tracking_uri(settings, nodes)
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
@@ -169,6 +168,8 @@ class RunLogger:
         differ now: name -> (as logged, now)."""
         if self._outbox is None:
             return {}
+        from mlflow.entities import Param
+
         client = self._outbox.sender.client
         known = client.get_run(self._handle.run_id).data.params
         flat = {name: value[:MAX_PARAM_LENGTH] for name, value in flatten(redact(content)).items()}
