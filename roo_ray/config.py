@@ -209,7 +209,9 @@ class Training(Strict):
     checkpoints within an epoch, beside the one at its end; training goes on exactly there.
     ``form``: ``request`` is ROO; ``impression`` trains the same batches exploded, the baseline.
     ``autocast``: ``bf16`` runs the towers in bfloat16 where that is safe. ``deterministic``: only algorithms that
-    give the same bits each time, at equal workers and plan."""
+    give the same bits each time, at equal workers and plan.
+    ``max_seconds``: training ends after so much time in steps (start-up and evaluation not counted), at a step that
+    all ranks agree on, and is then evaluated."""
 
     workers: int = Field(default=2, gt=0)
     gpu: bool = False
@@ -226,6 +228,23 @@ class Training(Strict):
     autocast: Literal["none", "bf16"] = "none"
     deterministic: bool = False
     seed: int = 0
+    max_seconds: float | None = Field(default=None, gt=0)
+
+
+class Evaluation(Strict):
+    """``exact_rows``: up to so many held-out impressions a rank, AUC is exact and GAUC by user is computed; above,
+    AUC is the streaming one. ``scores``: where every held-out impression's logits are written as Parquet."""
+
+    exact_rows: int = Field(default=20_000_000, ge=0)
+    scores: DataPath | None = None
+
+
+class Serving(Strict):
+    """``log_model``: log the trained model as an MLflow model that scores one request in a plain process.
+    ``register``: the name to register it under in MLflow's model registry."""
+
+    log_model: bool = True
+    register: str | None = None
 
 
 class Tracking(Strict):
@@ -268,6 +287,8 @@ class Config(Strict):
     ingest: Ingest = Ingest()
     model: Model = Model()
     training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    serving: Serving = Serving()
     tracking: Tracking = Tracking()
     ray: RaySettings = RaySettings()
 

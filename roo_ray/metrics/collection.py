@@ -16,6 +16,23 @@ from roo_ray.metrics import auc, calibration, gauc, normalized_entropy
 from roo_ray.metrics.normalized_entropy import COUNT
 
 
+class WindowAndLifetime:
+    """Progressive validation: a batch is scored before it is trained on, in a window that is closed now and then and
+    a lifetime since the run (or ``lifetime``'s saved state) began."""
+
+    def __init__(self, tasks: list[str]) -> None:
+        self.window, self.lifetime = RankingMetrics(tasks), RankingMetrics(tasks)
+
+    def close(self, prefix: str) -> dict[str, float]:
+        """The window's figures over all ranks under ``prefix/``, the lifetime's under ``prefix_lifetime/``
+        (collective); a new window begins."""
+        merged = self.window.merge()
+        self.lifetime.add(merged)
+        self.window.reset()
+        window = {f"{prefix}/{name}": value for name, value in merged.compute().items()}
+        return window | {f"{prefix}_lifetime/{name}": value for name, value in self.lifetime.compute().items()}
+
+
 class RankingMetrics:
     """NE, log loss, AUC, GAUC by request and calibration of K tasks. States live on ``device``."""
 

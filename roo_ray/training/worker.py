@@ -25,13 +25,16 @@ from roo_ray.errors import ConfigError
 from roo_ray.ingest.device import on_device
 from roo_ray.ingest.plan import Position, differences
 from roo_ray.ingest.stream import RankStream, Step, StreamSettings, shared_feed
-from roo_ray.metrics.collection import RankingMetrics
+from roo_ray.metrics.collection import RankingMetrics, WindowAndLifetime
+from roo_ray.metrics.curves import CURVES_FILE, curves_of
+from roo_ray.metrics.held_out import HeldOutScores
 from roo_ray.models.cost import training_megaflops
 from roo_ray.models.item_index import RetrievalEvaluation
 from roo_ray.models.keyed_random import set_epoch
 from roo_ray.models.objective import logits_of, retrieval_towers, training_loss
 from roo_ray.models.ranking import RankingModel
 from roo_ray.training import checkpoint
+from roo_ray.training.clock import TrainingClock
 from roo_ray.training.job import WorkerJob
 from roo_ray.training.order import OrderStats
 from roo_ray.training.sharding import ShardedModel, describe_plan, shard
@@ -124,6 +127,8 @@ class Worker:
         self.position: Position | None = None  # where the epoch in progress goes on, after a restart
         self.trained = Trained.since({})
         self.cost = training_megaflops(self.schema, self.config.model)
+        self.progressive = WindowAndLifetime([label.name for label in self.schema.labels])
+        self.clock = TrainingClock(self.config.training.max_seconds)
 
     # ---- one pass ------------------------------------------------------------------------------------
 
@@ -134,7 +139,7 @@ class Worker:
         for step in steps:
             known = step.batch.weights.double().sum(0)  # (K,)
             ours = torch.zeros(1 + self.world, dtype=torch.float64)  # lanes alive, and the cost of each rank
-            ours[0], ours[1 + self.rank] = step.lanes_alive, step.counts["cost"]
+            ours[0], ours[1 + self.rank] = self.clock.lanes(step, stream.settings.side), step.counts["cost"]
             agreed = torch.cat([known, ours.to(self.device)])
             dist.all_reduce(agreed)
             weights = agreed[:tasks].float()
@@ -189,6 +194,7 @@ class Worker:
         """Metrics of the held-out data over all ranks."""
         metrics = RankingMetrics([label.name for label in self.schema.labels])
         oracle = RankingMetrics([label.name for label in self.schema.labels])
+        scored = HeldOutScores(metrics.tasks, self.config.evaluation.exact_rows)
         towers = retrieval_towers(self.model.module)
         retrieval = None if towers is None else RetrievalEvaluation(towers)
         throughput = Throughput()
@@ -202,13 +208,17 @@ class Worker:
                 if retrieval is not None:
                     retrieval.update(outputs, batch)
                 metrics.update(logits, batch.labels, batch.weights, batch.num_impressions)
+                scored.add(batch, logits)
                 oracle.update_probabilities(batch.oracle, batch.labels, batch.weights, batch.num_impressions)
                 throughput.add(step.requests, step.impressions, step.wait_seconds)
                 if time.perf_counter() - last_line > SECONDS_BETWEEN_LINES:
                     last_line = time.perf_counter()
                     self.say(f"evaluating: rank 0 has scored {throughput.requests:,} requests")
         self.model.module.train()
-        values = {f"eval/{name}": value for name, value in metrics.merge().compute().items()}
+        merged = metrics.merge()
+        values = {f"eval/{name}": value for name, value in merged.compute().items()} | scored.result()
+        scored.write(self.config.evaluation.scores, self.rank)
+        self.logger.json(curves_of(merged), CURVES_FILE)
         if retrieval is not None:
             values |= {f"eval/{name}": value for name, value in retrieval.result().items()}
         for name, value in oracle.merge().compute().items():
@@ -228,8 +238,7 @@ class Worker:
     def train_epoch(self, stream: RankStream, epoch: int) -> dict[str, float]:
         """Trains one epoch, or the rest of it; returns its throughput over all ranks, and what it trained on in
         all."""
-        tasks = [label.name for label in self.schema.labels]
-        window, losses = RankingMetrics(tasks), []
+        losses: list[torch.Tensor] = []
         set_epoch(self.model.module, self.config.training.seed, epoch)
         epoch_throughput, window_throughput, order = Throughput(), Throughput(), OrderStats()
         every = self.config.training.checkpoint_every_steps
@@ -242,7 +251,7 @@ class Worker:
                 self.model.module, batch, self.task_weights, agreement.weights, self.world
             )  # (B_NRO, K), scalar
             # progressive validation: the batch is scored before it is trained on
-            window.update(logits.detach(), batch.labels, batch.weights, num_impressions, split)
+            self.progressive.window.update(logits.detach(), batch.labels, batch.weights, num_impressions, split)
             self.model.optimizer.zero_grad()
             loss.backward()
             self.model.optimizer.step()
@@ -254,12 +263,12 @@ class Worker:
             self.trained.add(step)
             saves = bool(every) and self.steps_done % (every or 1) == 0
             if saves or self.steps_done % self.config.training.log_every == 0:
-                self.log_window(epoch, losses, window, window_throughput, order)
-                window, losses, window_throughput, order = RankingMetrics(tasks), [], Throughput(), OrderStats()
+                self.log_window(epoch, losses, window_throughput, order)
+                losses, window_throughput, order = [], Throughput(), OrderStats()
             if saves:
                 self.report({}, self.position_of(epoch, step))
         if losses:
-            self.log_window(epoch, losses, window, window_throughput, order)
+            self.log_window(epoch, losses, window_throughput, order)
         metrics = epoch_throughput.over_ranks(self.device, "epoch") | self.skipped(stream)
         counted = self.trained.over_ranks(self.device)
         return metrics | {f"epoch/{name}": float(counted[name]) for name in ("requests", "impressions")}
@@ -286,7 +295,6 @@ class Worker:
         self,
         epoch: int,
         losses: list[torch.Tensor],
-        window: RankingMetrics,
         throughput: Throughput,
         order: OrderStats,
     ) -> None:
@@ -296,7 +304,7 @@ class Worker:
         first = self.steps_done - len(losses) + 1
         for offset, loss in enumerate(curve.tolist()):
             self.logger.metrics({"train/loss": loss}, first + offset)
-        values = {f"train/{name}": value for name, value in window.merge().compute().items()}
+        values = self.progressive.close("train")
         values |= throughput.over_ranks(self.device, "train")
         values |= order.over_ranks(self.device, "train", self.config.ingest.interleave is not None)
         self.logger.metrics(values, self.steps_done)
@@ -376,7 +384,7 @@ def train_worker(loop_config: dict[str, WorkerJob]) -> None:
     worker.say(f"{worker.world} workers ready; tables: " + ", ".join(f"{r['table']} {r['sharding']}" for r in plan))
     worker.logger.json(plan, "sharding_plan.json")
     stream = worker.stream("train") if worker.epochs_done < job.config.training.epochs else None
-    while stream is not None and worker.epochs_done < job.config.training.epochs:
+    while stream is not None and worker.epochs_done < job.config.training.epochs and not worker.clock.is_over():
         epoch_metrics = worker.train_epoch(stream, worker.epochs_done)
         worker.epochs_done += 1
         worker.position = None
