@@ -1,4 +1,5 @@
-"""Scores a request data set: python jobs/predict.py --config configs/X.yaml --model MODEL --output FOLDER [key=value ...]
+"""Scores a request data set:
+python jobs/predict.py --config configs/X.yaml --model MODEL --output FOLDER [key=value ...]
 
 MODEL: a run's name, a checkpoint, an exported model, or an MLflow model (models:/NAME/VERSION). Writes Parquet, a row
 per impression: request key, impression key, score_<task>. The user side runs once per request.

@@ -97,7 +97,7 @@ def compare_models(
     if tasks[0] != tasks[1]:
         raise DataError(f"the models have other tasks, {tasks[0]} and {tasks[1]}: they cannot be compared")
     say(f"resampling {unit}s {replicates:,} times")
-    rows = {task: paired(*tables, task, unit) for task in tasks[0]}
+    rows = {task: paired(tables[0], tables[1], task, unit) for task in tasks[0]}
     differences = {task: paired_bootstrap(of, replicates, config.training.seed) for task, of in rows.items()}
     run = open_run(config.tracking, "compare_models", run_name, session.alive_nodes())
     logger = RunLogger(run)
@@ -106,9 +106,9 @@ def compare_models(
         logger.params({"unit": unit, "replicates": replicates, "level": 0.95, "seed": config.training.seed})
         for task, found in differences.items():
             for d in found:
-                of = {"first": d.first, "second": d.second, "difference": d.difference}
-                of |= {"difference_low": d.low, "difference_high": d.high, "share_better": d.share_better}
-                logger.metrics({f"compare/{task}/{d.metric}_{name}": value for name, value in of.items()})
+                values = {"first": d.first, "second": d.second, "difference": d.difference}
+                values |= {"difference_low": d.low, "difference_high": d.high, "share_better": d.share_better}
+                logger.metrics({f"compare/{task}/{d.metric}_{name}": value for name, value in values.items()})
     finally:
         logger.end(True)
     units = max(int(of.unit.max(initial=-1)) + 1 for of in rows.values())
