@@ -33,6 +33,7 @@ from roo_ray.models.item_index import RetrievalEvaluation
 from roo_ray.models.keyed_random import set_epoch
 from roo_ray.models.objective import logits_of, retrieval_towers, training_loss
 from roo_ray.models.ranking import RankingModel
+from roo_ray.review.system import system_metrics
 from roo_ray.training import checkpoint
 from roo_ray.training.clock import TrainingClock
 from roo_ray.training.job import WorkerJob
@@ -385,7 +386,8 @@ def train_worker(loop_config: dict[str, WorkerJob]) -> None:
     worker.logger.json(plan, "sharding_plan.json")
     stream = worker.stream("train") if worker.epochs_done < job.config.training.epochs else None
     while stream is not None and worker.epochs_done < job.config.training.epochs and not worker.clock.is_over():
-        epoch_metrics = worker.train_epoch(stream, worker.epochs_done)
+        with system_metrics(job.run if worker.rank == 0 else RunHandle(None)):
+            epoch_metrics = worker.train_epoch(stream, worker.epochs_done)
         worker.epochs_done += 1
         worker.position = None
         held_out = worker.evaluate(worker.stream("evaluation"))
