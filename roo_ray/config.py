@@ -241,10 +241,10 @@ class Evaluation(Strict):
 
 class Serving(Strict):
     """``log_model``: log the trained model as an MLflow model that scores one request in a plain process.
-    ``register``: the name to register it under in MLflow's model registry."""
+    ``register_as``: the name to register it under in MLflow's model registry."""
 
     log_model: bool = True
-    register: str | None = None
+    register_as: str | None = None
 
 
 class Tracking(Strict):

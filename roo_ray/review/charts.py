@@ -118,7 +118,7 @@ def step_times(path: Path, milliseconds: Mapping[str, float]) -> None:
     """Where a training step's time goes."""
     names = sorted(milliseconds, key=lambda name: milliseconds[name])
     values = np.array([milliseconds[name] for name in names])
-    title = f"A training step: {values.sum():.0f} ms (mean over ranks and steps)"
+    title = f"A training step: {values.sum():.1f} ms (mean over ranks and steps)"
     with picture(path, title, "time per step (ms)", "part of the step", (6.4, 1.5 + 0.4 * len(names))) as a:
         a.barh(names, values, color=BLUE)
         for place, value in enumerate(values):

@@ -136,7 +136,7 @@ def comparison_pictures(
     folder: Path, same_data: dict[Form, Trained], same_time: dict[Form, Trained], task: str, limit: float
 ) -> None:
     """NE over samples and over time (first arm), samples over time (second arm)."""
-    y = f"{task}: normalized entropy since the start (lower is better)"
+    y = f"{task}: NE since the start (lower is better)"
     of = {f"{form}-level": trained.curve for form, trained in same_data.items()}
     by_samples = {name: [(p.impressions, p.lifetime_ne) for p in points] for name, points in of.items()}
     title = "Same requests, same seeds: the same NE at every sample"

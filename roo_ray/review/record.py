@@ -156,7 +156,7 @@ def curve_pictures(run: RunHandle, folder: Path) -> None:
             by_step = {form: [(p.step, p.window_ne) for p in points] for form, points in curves.items() if points}
             title = f"{task}: NE in training, each batch scored before it is trained on"
             best = mine.data.metrics.get(f"eval/{task}/bayes_ne")
-            y = "normalized entropy (1 = base rate; lower is better)"
+            y = "NE (1 = base rate; lower is better)"
             charts.lines(folder / f"ne_over_steps_{task}.png", title, "training step (count)", y, by_step, best)
             by_time = {form: [(p.seconds, p.window_ne) for p in points] for form, points in curves.items() if points}
             charts.lines(folder / f"ne_over_time_{task}.png", title, "time in training steps (s)", y, by_time, best)
@@ -173,7 +173,7 @@ def review_training(config: Config, manifest: Manifest, checkpoint: str, run: Ru
     with never_fatal("the model", say):
         uri = publish_model(config, manifest, checkpoint, run)
         if uri:
-            name = config.serving.register
+            name = config.serving.register_as
             say(f"logged the model as {uri}" + (f", registered as '{name}'" if name else ""))
     with never_fatal("the data set", say):
         log_dataset(run, config.requests, manifest, "train")

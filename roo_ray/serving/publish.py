@@ -88,7 +88,7 @@ def save_mlflow_model(checkpoint: str, inputs: pa.Schema, schema: Schema, folder
 
 
 def publish_model(config: Config, manifest: Manifest, checkpoint: str, run: RunHandle) -> str | None:
-    """Logs the model of a training run into it, and registers it under ``serving.register``; the model's URI, None
+    """Logs the model of a training run into it, and registers it under ``serving.register_as``; the model's URI, None
     where tracking or ``serving.log_model`` is off."""
     if run.uri is None or not config.serving.log_model:
         return None
@@ -98,7 +98,7 @@ def publish_model(config: Config, manifest: Manifest, checkpoint: str, run: RunH
     mlflow.set_tracking_uri(run.uri)
     try:
         with mlflow.start_run(run_id=run.run_id, log_system_metrics=False):
-            named = {"name": MODEL_NAME, "registered_model_name": config.serving.register}
+            named = {"name": MODEL_NAME, "registered_model_name": config.serving.register_as}
             info = save_mlflow_model(checkpoint, inputs, config.request_schema, "", **named)
     finally:
         mlflow.set_tracking_uri(before)

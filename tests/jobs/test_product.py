@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(local_ray: None, folder: Path) -> tuple[Config, Manifest, TrainingResult]:
     """Trained on 2 workers with sharded tables, its held-out scores written, the model registered."""
-    extra = [f"evaluation.scores={folder}/scores", "serving.register=clicks", "training.row_wise_from=1000"]
+    extra = [f"evaluation.scores={folder}/scores", "serving.register_as=clicks", "training.row_wise_from=1000"]
     config = small_config(folder, *extra, "training.epochs=1")
     manifest, _ = prepare(config, "build", quiet)
     return config, manifest, train(config, "product", quiet)
