@@ -11,7 +11,7 @@ import json
 import tempfile
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import ray.data
 from roo_ray.config import Config
 from roo_ray.errors import BadInput, ConfigError, DataError
 from roo_ray.ingest.lists import ranges, split_lists
-from roo_ray.ingest.plan import units_of
+from roo_ray.ingest.plan import UnitRef, units_of
 from roo_ray.ingest.read import NUM_IMPRESSIONS
 from roo_ray.ingest.rows import read_requests
 from roo_ray.requests.manifest import Manifest, load_manifest
@@ -102,19 +102,19 @@ class ScoreFiles:
         self.columns = list(dict.fromkeys([NUM_IMPRESSIONS, *keys, *input_columns(schema)]))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """Items ``file`` (number) and ``units`` -> per file its counts, or the error that a user can mend."""
+        """Items ``file`` (number) and ``units`` (JSON) -> per file its counts, or the error that a user can mend."""
         written: dict[str, list[Any]] = {"requests": [], "impressions": [], "error": []}
         for number, units in zip(batch["file"], batch["units"], strict=True):
             error, requests, impressions = "", 0, 0
             try:
-                requests, impressions = self._score(int(number), units)
+                requests, impressions = self._score(int(number), [_unit(item) for item in json.loads(units)])
             except BadInput as bad:
                 error = str(bad)
             for name, value in (("requests", requests), ("impressions", impressions), ("error", error)):
                 written[name].append(value)
         return written
 
-    def _score(self, number: int, units: Any) -> tuple[int, int]:
+    def _score(self, number: int, units: list[UnitRef]) -> tuple[int, int]:
         filesystem, base = open_filesystem(self.folder)
         requests = impressions = 0
         writer = None
@@ -129,6 +129,10 @@ class ScoreFiles:
             if writer is not None:
                 writer.close()
         return requests, impressions
+
+
+def _unit(item: dict[str, Any]) -> UnitRef:
+    return UnitRef(**item | {"rows": None if item["rows"] is None else tuple(item["rows"])})
 
 
 def predict(config: Config, model: str, output: str, say: Callable[[str], None], actors: int = 1) -> Predicted:
@@ -148,10 +152,10 @@ def predict(config: Config, model: str, output: str, say: Callable[[str], None],
         scorer = Scorer.load(folder)
         content = {name: (folder / name).read_bytes() for name in (WEIGHTS, MODEL, SCHEMA, INPUTS)}
     units = units_of(manifest.files)
-    items: list[dict[str, Any]] = [{"file": number, "units": []} for number in range(len(units.paths))]
+    of_file: dict[int, list[UnitRef]] = {}
     for unit in range(len(units)):
-        items[int(units.file[unit])]["units"].append(units.ref(unit))
-    items = [item for item in items if item["units"]]
+        of_file.setdefault(int(units.file[unit]), []).append(units.ref(unit))
+    items = [{"file": n, "units": json.dumps([asdict(unit) for unit in some])} for n, some in of_file.items()]
     say(f"scoring {manifest.requests:,} requests, {manifest.impressions:,} impressions in {len(items)} files")
     (filesystem if not local else pafs.LocalFileSystem()).create_dir(staging if local else base, recursive=True)
     done = False

@@ -93,8 +93,6 @@ def test_scores_in_a_plain_process_equal_the_workers(
     found = {(key, i): s for key, row in zip(keys, scores["click"], strict=True) for i, s in enumerate(row)}
     assert found.keys() == expected.keys()
     assert [found[key] for key in expected] == pytest.approx(list(expected.values()), abs=1e-6)
-    files = [path.name for path in Path(model.removeprefix("file://")).rglob("*") if path.is_file()]
-    assert not [name for name in files if name.endswith(".pkl")]
 
 
 def test_predict_scores_every_row_once(trained: tuple[Config, Manifest, TrainingResult], folder: Path) -> None:
