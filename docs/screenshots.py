@@ -5,7 +5,10 @@ python docs/screenshots.py RUN_NAME [FOLDER]: the newest run of that name in roo
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -13,19 +16,81 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
+import aiohttp
 from mlflow.tracking import MlflowClient
 
 from roo_ray.training.tracking import default_uri
 
-WIDTH = 1500
-PAGES = {  # name -> (path below the run's page, height)
-    "overview": ("", 1150),
-    "metrics": ("/model-metrics", 1500),
-    "artifacts": ("/artifacts", 900),
-    "system": ("/system-metrics", 1100),
+WIDTH = 1400
+PAGES = {  # name -> (path below the run's page, height, words in the box that searches charts)
+    "overview": ("", 1150, ""),
+    "metrics": ("/model-metrics", 1100, "train"),
+    "artifacts": ("/artifacts/review/{picture}", 800, ""),
+    "system": ("/system-metrics", 900, ""),
 }
+SECONDS_TO_DRAW = 12.0
+# closes the panel beside the page, and searches the charts
+PREPARE = """
+for (const b of document.querySelectorAll('[aria-label="Close"], [aria-label="Close assistant"]')) b.click();
+for (const h of document.querySelectorAll('span, h1, h2, h3, h4'))
+  if (h.textContent.trim() === 'MLflow Assistant') {
+    let p = h;
+    while (p && p.querySelectorAll('button').length < 3) p = p.parentElement;
+    const all = p ? p.querySelectorAll('button') : [];
+    if (all.length) all[2].click();
+    break;
+  }
+const box = document.querySelector('input[placeholder="Search metric charts"]');
+if (box && WORDS) {
+  Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set.call(box, WORDS);
+  box.dispatchEvent(new Event('input', {bubbles: true}));
+}
+"""
+
+
+async def photograph(pages: dict[Path, tuple[str, int, str]]) -> None:
+    """Opens each (address, height, words) in one Chromium, by its debugging protocol, and writes the pictures."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-port=0"]
+        browser = subprocess.Popen(
+            ["chromium", *options, f"--user-data-dir={profile}", "about:blank"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            told = Path(profile) / "DevToolsActivePort"
+            while not told.is_file() or not told.read_text():
+                await asyncio.sleep(0.2)
+            debugger = f"http://127.0.0.1:{told.read_text().split()[0]}/json"
+            async with aiohttp.ClientSession() as session:
+                async with session.get(debugger) as answer:
+                    tab = next(t for t in await answer.json() if t["type"] == "page")
+                async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0) as socket_:
+
+                    async def call(method: str, **parameters: Any) -> Any:
+                        await socket_.send_json({"id": 1, "method": method, "params": parameters})
+                        while True:
+                            message = await socket_.receive_json()
+                            if message.get("id") == 1:
+                                return message.get("result", {})
+
+                    for path, (address, height, words) in pages.items():
+                        size = {"width": WIDTH, "height": height, "deviceScaleFactor": 1, "mobile": False}
+                        await call("Emulation.setDeviceMetricsOverride", **size)
+                        await call("Page.navigate", url="about:blank")
+                        await call("Page.navigate", url=address)
+                        await asyncio.sleep(SECONDS_TO_DRAW / 2)
+                        await call("Runtime.evaluate", expression=f"const WORDS = {json.dumps(words)};{PREPARE}")
+                        await asyncio.sleep(SECONDS_TO_DRAW / 2)
+                        shot = await call("Page.captureScreenshot", format="png")
+                        path.write_bytes(base64.b64decode(shot["data"]))
+                        print(path)
+        finally:
+            browser.terminate()
+            browser.wait()
 
 
 def wait_for(url: str, seconds: float = 90) -> None:
@@ -47,6 +112,7 @@ def main(run_name: str, folder: Path) -> None:
     if not found:
         raise SystemExit(f"no run '{run_name}' in {default_uri()}")
     run = found[0].info
+    pictures = sorted(Path(item.path).name for item in client.list_artifacts(run.run_id, "review"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -58,13 +124,15 @@ def main(run_name: str, folder: Path) -> None:
     try:
         wait_for(f"http://127.0.0.1:{port}/health")
         page = f"http://127.0.0.1:{port}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
-        for name, (path, height) in PAGES.items():
-            with tempfile.TemporaryDirectory() as profile:
-                options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
-                options += [f"--user-data-dir={profile}", f"--window-size={WIDTH},{height}", "--timeout=60000"]
-                options += ["--virtual-time-budget=25000", f"--screenshot={(folder / f'{name}.png').absolute()}"]
-                subprocess.run(["chromium", *options, page + path], capture_output=True, check=False, timeout=180)
-            print(folder / f"{name}.png")
+        picture = next(name for name in pictures if name.startswith("ne_over_steps"))
+        asyncio.run(
+            photograph(
+                {
+                    folder / f"{name}.png": (page + path.format(picture=picture), height, words)
+                    for name, (path, height, words) in PAGES.items()
+                }
+            )
+        )
     finally:
         server.terminate()
         server.wait()
