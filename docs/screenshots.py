@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import io
 import json
 import os
 import socket
@@ -21,6 +22,7 @@ from urllib.request import urlopen
 
 import aiohttp
 from mlflow.tracking import MlflowClient
+from PIL import Image
 
 from roo_ray.training.tracking import default_uri
 
@@ -32,8 +34,9 @@ PAGES = {  # name -> (path below the run's page, height, words in the box that s
     "system": ("/system-metrics", 900, ""),
 }
 SECONDS_TO_DRAW = 12.0
-# closes the panel beside the page, and searches the charts
+# closes the panel beside the page, hides the charts' tools, and searches the charts
 PREPARE = """
+document.head.insertAdjacentHTML('beforeend', '<style>.modebar {display: none !important}</style>');
 for (const b of document.querySelectorAll('[aria-label="Close"], [aria-label="Close assistant"]')) b.click();
 for (const h of document.querySelectorAll('span, h1, h2, h3, h4'))
   if (h.textContent.trim() === 'MLflow Assistant') {
@@ -86,7 +89,8 @@ async def photograph(pages: dict[Path, tuple[str, int, str]]) -> None:
                         await call("Runtime.evaluate", expression=f"const WORDS = {json.dumps(words)};{PREPARE}")
                         await asyncio.sleep(SECONDS_TO_DRAW / 2)
                         shot = await call("Page.captureScreenshot", format="png")
-                        path.write_bytes(base64.b64decode(shot["data"]))
+                        picture = Image.open(io.BytesIO(base64.b64decode(shot["data"])))
+                        picture.convert("RGB").quantize(48).save(path, optimize=True)
                         print(path)
         finally:
             browser.terminate()
