@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import mlflow.pyfunc
@@ -23,7 +24,7 @@ from roo_ray.ingest.tensors import PackedBatches
 from roo_ray.models.ranking import RankingModel
 from roo_ray.requests.manifest import Manifest, load_manifest
 from roo_ray.serving.export import export_model, input_types
-from roo_ray.serving.predict import scored_table
+from roo_ray.serving.predict import ScoreFiles, scored_table
 from roo_ray.serving.publish import save_mlflow_model
 from roo_ray.serving.scorer import Scorer, plain_columns
 from roo_ray.training.checkpoint import STATE_FILE, RunState
@@ -130,3 +131,20 @@ def test_mlflow_model_with_a_signature(trained: Trained, tmp_path: Path) -> None
     assert not list((tmp_path / "model").rglob("*.pkl"))
     with pytest.raises(mlflow.exceptions.MlflowException, match="item_id"):
         loaded.predict(rows.drop(columns="item_id"))
+
+
+def test_a_scoring_process_writes_its_files(trained: Trained, tmp_path: Path) -> None:
+    """What predict's Ray Data actors do, without Ray: files of several units, and a damaged one named."""
+    model = {path.name: path.read_bytes() for path in trained.exported.iterdir()}
+    score = ScoreFiles(model, trained.data, schema(), str(tmp_path))
+    units = units_of(trained.manifest.files)
+    every = [units.ref(unit) for unit in range(len(units))]
+    missing = UnitRef("data/none.parquet", 0, 1)
+    batch = {"file": [0, 1], "units": [json.dumps([asdict(u) for u in some]) for some in (every, [missing])]}
+    done = score(batch)
+    assert done["requests"] == [len(COUNTS), 0]
+    assert done["impressions"] == [sum(COUNTS), 0]
+    assert done["error"][0] == ""
+    assert "none.parquet is missing" in done["error"][1]
+    table = pq.read_table(tmp_path / "part-00000.parquet")
+    assert table.equals(scored_table(score.scorer, trained.table, schema(), "here"))
