@@ -1,7 +1,7 @@
 """Scores request shards with Ray Data and writes Parquet: the user side runs once per request.
 
 A prediction is a folder of Parquet files, a row per impression (request key, impression key, ``score_<task>``), and
-``predictions.json``, written last. Locally the folder appears whole by one rename; on an object store there is no
+``_predictions.json``, written last. Locally the folder appears whole by one rename; on an object store there is no
 prediction without that file.
 """
 
@@ -37,7 +37,7 @@ from roo_ray.storage import open_filesystem
 from roo_ray.training.launch import find_checkpoint
 from roo_ray.training.tracking import tracking_uri
 
-NOTE = "predictions.json"
+NOTE = "_predictions.json"  # readers of Parquet folders pass over names that begin so
 UNITS_AT_ONCE = 8
 
 
