@@ -24,6 +24,7 @@ import aiohttp
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
+from roo_ray.source_config import home
 from roo_ray.training.tracking import default_uri
 
 WIDTH = 1400
@@ -34,7 +35,7 @@ PAGES = {  # name -> (path below the run's page, height, words in the box that s
     "system": ("/system-metrics", 900, ""),
 }
 SECONDS_TO_DRAW = 12.0
-# closes the panel beside the page, hides the charts' tools, and searches the charts
+# closes the panel beside the page, hides the charts' tools and where this machine keeps its data, searches the charts
 PREPARE = """
 document.head.insertAdjacentHTML('beforeend', '<style>.modebar {display: none !important}</style>');
 for (const b of document.querySelectorAll('[aria-label="Close"], [aria-label="Close assistant"]')) b.click();
@@ -46,6 +47,8 @@ for (const h of document.querySelectorAll('span, h1, h2, h3, h4'))
     if (all.length) all[2].click();
     break;
   }
+const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (walk.nextNode()) walk.currentNode.data = walk.currentNode.data.replaceAll(HOME, '~/.roo_ray');
 const box = document.querySelector('input[placeholder="Search metric charts"]');
 if (box && WORDS) {
   Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set.call(box, WORDS);
@@ -86,11 +89,12 @@ async def photograph(pages: dict[Path, tuple[str, int, str]]) -> None:
                         await call("Page.navigate", url="about:blank")
                         await call("Page.navigate", url=address)
                         await asyncio.sleep(SECONDS_TO_DRAW / 2)
-                        await call("Runtime.evaluate", expression=f"const WORDS = {json.dumps(words)};{PREPARE}")
+                        names = f"const WORDS = {json.dumps(words)}, HOME = {json.dumps(str(home()))};"
+                        await call("Runtime.evaluate", expression=names + PREPARE)
                         await asyncio.sleep(SECONDS_TO_DRAW / 2)
                         shot = await call("Page.captureScreenshot", format="png")
                         picture = Image.open(io.BytesIO(base64.b64decode(shot["data"])))
-                        picture.convert("RGB").quantize(48).save(path, optimize=True)
+                        picture.convert("RGB").quantize(96).save(path, optimize=True)
                         print(path)
         finally:
             browser.terminate()
