@@ -1,7 +1,8 @@
 """Scores a checkpoint on a data set's held-out side:
 python jobs/evaluate.py --config configs/X.yaml --checkpoint RUN_OR_PATH [key=value ...]
 
-The checkpoint is a run's name or a checkpoint's path or URI; model and schema are read from it.
+The checkpoint is a run's name or a checkpoint's path or URI; model and schema are read from it. With --against, a
+second checkpoint is scored on the same requests, and the differences come with paired bootstrap intervals.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ from roo_ray.terminal import job_parser, print_table, read_config, run_job
 def main() -> None:
     parser = job_parser(__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="RUN_OR_PATH", help="run name, path or URI")
+    parser.add_argument("--against", metavar="RUN_OR_PATH", help="a second model to compare with")
+    parser.add_argument("--unit", choices=["request", "user"], default="request", help="what is resampled")
+    parser.add_argument("--replicates", type=int, default=1000, help="resamples (default 1000)")
     options = parser.parse_args()
     config = read_config(options)
 
     from roo_ray import session
+    from roo_ray.review.evaluation import compare_models, difference_rows
     from roo_ray.training.launch import evaluate, find_checkpoint
     from roo_ray.training.progress import make_say
     from roo_ray.training.summary import quality_rows
@@ -26,6 +31,18 @@ def main() -> None:
     checkpoint = find_checkpoint(config, options.checkpoint)
     run_name = f"{config.run_name or config.name}-evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
     say = make_say()
+    if options.against:
+        other = find_checkpoint(config, options.against)
+        with session.connect(config.ray, config.training, say):
+            compared = compare_models(config, checkpoint, other, run_name, options.unit, options.replicates, say)
+        print_table(
+            f"{options.against} against {options.checkpoint}",
+            ["", "first", "second", "difference", "95 % interval", "significant", "second is better in"],
+            difference_rows(compared),
+            f"{compared.requests:,} requests, {compared.impressions:,} impressions; {compared.units:,} {options.unit}s "
+            f"resampled {options.replicates:,} times\nMLflow: {where_to_look(compared.run)}",
+        )
+        return
     with session.connect(config.ray, config.training, say):
         result = evaluate(config, checkpoint, run_name, say)
     print_table(

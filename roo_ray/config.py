@@ -243,7 +243,9 @@ class Training(Strict):
     all ranks before the update, at most ``max_nan_batches`` times in a run.
     ``form``: ``request`` is ROO; ``impression`` trains the same batches exploded, the baseline.
     ``autocast``: ``bf16`` runs the towers in bfloat16 where that is safe. ``deterministic``: only algorithms that
-    give the same bits each time, at equal workers and plan."""
+    give the same bits each time, at equal workers and plan.
+    ``max_seconds``: training ends after so much time in steps (start-up and evaluation not counted), at a step that
+    all ranks agree on, and is then evaluated."""
 
     workers: Annotated[int, Field(gt=0)] | WorkerRange = 2
     gpu: bool = False
@@ -264,6 +266,7 @@ class Training(Strict):
     max_nan_batches: int = Field(default=10, gt=0)
     deterministic: bool = False
     seed: int = 0
+    max_seconds: float | None = Field(default=None, gt=0)
 
     @property
     def least_workers(self) -> int:
@@ -274,6 +277,22 @@ class Training(Strict):
     def most_workers(self) -> int:
         """The number of workers that are never exceeded."""
         return self.workers if isinstance(self.workers, int) else self.workers.max
+
+
+class Evaluation(Strict):
+    """``exact_rows``: up to so many held-out impressions a rank, AUC is exact and GAUC by user is computed; above,
+    AUC is the streaming one. ``scores``: where every held-out impression's logits are written as Parquet."""
+
+    exact_rows: int = Field(default=20_000_000, ge=0)
+    scores: DataPath | None = None
+
+
+class Serving(Strict):
+    """``log_model``: log the trained model as an MLflow model that scores one request in a plain process.
+    ``register_as``: the name to register it under in MLflow's model registry."""
+
+    log_model: bool = True
+    register_as: str | None = None
 
 
 class Incremental(Strict):
@@ -336,6 +355,8 @@ class Config(Strict):
     model: Model = Model()
     training: Training = Training()
     incremental: Incremental | None = None
+    evaluation: Evaluation = Evaluation()
+    serving: Serving = Serving()
     tracking: Tracking = Tracking()
     ray: RaySettings = RaySettings()
 

@@ -33,6 +33,7 @@ from roo_ray.ingest.columns import Where, dense_of, ids_of, labels_of, oracle_of
 from roo_ray.ingest.diagnostics import STATS, negative_pairs, user_stats
 from roo_ray.ingest.lists import Lists, ranges, split_lists
 from roo_ray.ingest.plan import Window
+from roo_ray.ingest.rows import ReadRequests
 from roo_ray.ingest.window import PackSettings as PackSettings
 from roo_ray.ingest.window import WindowRows, take
 from roo_ray.schema import Feature, Level
@@ -232,10 +233,11 @@ def _tags(window: Window, batches: int) -> dict[str, pa.Array]:
     return {name: pa.array(tags[name], pa.int64()) for name in TAGS}
 
 
-def pack_window(settings: PackSettings, window: Window) -> pa.Table:
-    """The batches of a window, a row each, in order; see the module's docstring for the columns.
+def pack_window(settings: PackSettings, window: Window, read: ReadRequests | None = None) -> pa.Table:
+    """The batches of a window, a row each, in order; see the module's docstring for the columns. ``read``: its
+    requests, where they are in memory already.
 
     Raises DataError that names the file, and for a wrong value the column and the request.
     """
-    rows = WindowRows(settings, window)
+    rows = WindowRows(settings, window, read)
     return pa.table(_tags(window, len(rows.bounds) - 1) | _Packer(rows).pack())

@@ -19,7 +19,7 @@ from roo_ray.ingest.holdout import rows_of_side
 from roo_ray.ingest.lists import Lists, ranges, split_lists
 from roo_ray.ingest.plan import Side, Window, permutation
 from roo_ray.ingest.read import NUM_IMPRESSIONS
-from roo_ray.ingest.rows import read_requests
+from roo_ray.ingest.rows import ReadRequests, read_requests
 from roo_ray.schema import Schema
 from roo_ray.sources.hashing import hash_array, hash_rows
 
@@ -60,10 +60,10 @@ class WindowRows:
     where its request is split; ``counts`` (B,): their impressions, from the ``first`` (B,) of the row's on;
     ``bounds`` (batches + 1,): the first request of each batch."""
 
-    def __init__(self, settings: PackSettings, window: Window) -> None:
+    def __init__(self, settings: PackSettings, window: Window, read: ReadRequests | None = None) -> None:
         self.settings, self.window, self.schema = settings, window, settings.schema
         self._columns: dict[str, pa.Array] = {}
-        read = read_requests(settings.data_set, window.units, self.schema, settings.on_bad_shard)
+        read = read or read_requests(settings.data_set, window.units, self.schema, settings.on_bad_shard)
         self.table, self.units, self.skipped = read.table, read.units, read.skipped
         keys = hash_rows(self.table, self.schema.keys.request)
         mine = rows_of_side(keys, settings.holdout, settings.side)

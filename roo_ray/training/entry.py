@@ -15,6 +15,8 @@ from roo_ray.training.counts import Counts
 from roo_ray.training.job import BEFORE_FILE, WorkerJob
 from roo_ray.training.saver import remove_leftovers
 from roo_ray.training.sharding import describe_plan
+from roo_ray.training.system import system_metrics
+from roo_ray.training.tracking import RunHandle
 from roo_ray.training.worker import Worker
 
 
@@ -53,13 +55,14 @@ def train(worker: Worker, found: ray.train.Checkpoint | None) -> None:
         measure_before(worker)
     epochs = job.config.training.epochs
     stream = worker.stream("train") if worker.epochs_done < epochs else None
-    while stream is not None and worker.epochs_done < epochs:
-        metrics = worker.train_epoch(stream, worker.epochs_done)
+    while stream is not None and worker.epochs_done < epochs and not worker.clock.is_over():
+        with system_metrics(job.run if worker.rank == 0 else RunHandle(None)):
+            metrics = worker.train_epoch(stream, worker.epochs_done)
         worker.epochs_done += 1
         worker.position = None
         metrics |= worker.evaluate()
         worker.logger.metrics(metrics, worker.steps_done)
-        worker.save(metrics, wait=worker.epochs_done == epochs)
+        worker.save(metrics, wait=worker.epochs_done == epochs or worker.clock.is_over())
         worker.counts = Counts.since({})
 
 

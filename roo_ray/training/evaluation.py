@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
+from roo_ray.config import Evaluation
 from roo_ray.ingest.device import on_device
 from roo_ray.ingest.stream import RankStream, Step
 from roo_ray.metrics.collection import RankingMetrics
+from roo_ray.metrics.curves import curves_of
+from roo_ray.metrics.held_out import HeldOutScores
 from roo_ray.models.item_index import RetrievalEvaluation
 from roo_ray.models.objective import logits_of, retrieval_towers
 from roo_ray.schema import Schema
@@ -30,11 +34,19 @@ def steps_to_the_end(stream: RankStream, device: torch.device) -> Iterator[Step]
 
 
 def evaluate(
-    model: ShardedModel, schema: Schema, stream: RankStream, device: torch.device, say: Callable[[str], None]
-) -> dict[str, float]:
-    """Metrics of the held-out data over all ranks (collective), under ``eval/``."""
+    model: ShardedModel,
+    schema: Schema,
+    stream: RankStream,
+    device: torch.device,
+    say: Callable[[str], None],
+    settings: Evaluation,
+    rank: int,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Metrics of the held-out data over all ranks (collective), under ``eval/``, and the tasks' ROC and calibration
+    curves. Every impression's logits are written where ``settings`` say so."""
     metrics = RankingMetrics([label.name for label in schema.labels])
     oracle = RankingMetrics([label.name for label in schema.labels])
+    scored = HeldOutScores(metrics.tasks, settings.exact_rows)
     towers = retrieval_towers(model.module)
     retrieval = None if towers is None else RetrievalEvaluation(towers)
     throughput = Throughput()
@@ -48,13 +60,16 @@ def evaluate(
             if retrieval is not None:
                 retrieval.update(outputs, batch)
             metrics.update(logits, batch.labels, batch.weights, batch.num_impressions)
+            scored.add(batch, logits)
             oracle.update_probabilities(batch.oracle, batch.labels, batch.weights, batch.num_impressions)
             throughput.add(step.requests, step.impressions, step.wait_seconds)
             if time.perf_counter() - last_line > SECONDS_BETWEEN_LINES:
                 last_line = time.perf_counter()
                 say(f"evaluating: rank 0 has scored {throughput.requests:,} requests")
     model.module.train()
-    values = {f"eval/{name}": value for name, value in metrics.merge().compute().items()}
+    merged = metrics.merge()
+    values = {f"eval/{name}": value for name, value in merged.compute().items()} | scored.result()
+    scored.write(settings.scores, rank)
     if retrieval is not None:
         values |= {f"eval/{name}": value for name, value in retrieval.result().items()}
     for name, value in oracle.merge().compute().items():
@@ -67,4 +82,4 @@ def evaluate(
         f"held out: {values['eval/requests']:,.0f} requests  {task} NE {values[f'eval/{task}/ne']:.4f}  "
         f"AUC {values[f'eval/{task}/auc']:.4f}  GAUC {values[f'eval/{task}/gauc']:.4f}"
     )
-    return values
+    return values, curves_of(merged)

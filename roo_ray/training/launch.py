@@ -25,6 +25,7 @@ from roo_ray.ingest.plan import differences, plan_inputs
 from roo_ray.models.check import check_model
 from roo_ray.models.cost import training_megaflops
 from roo_ray.requests.manifest import Manifest, load_manifest, manifest_versions
+from roo_ray.review.record import review_evaluation, review_training
 from roo_ray.schema import Schema
 from roo_ray.storage import join_path, open_filesystem
 from roo_ray.training.checkpoint import STATE_FILE, RunState, finite, open_checkpoint, read_state
@@ -239,6 +240,7 @@ def train(
                 logger.folder(folder, "checkpoint")
                 logger.flush()  # the folder may be a temporary one
         logger.tags({"checkpoint": path})
+        review_training(config, manifest, path, run, say)
         succeeded = True
     finally:
         logger.end(succeeded, stopped=stopped)
@@ -344,6 +346,7 @@ def evaluate(config: Config, checkpoint: str, run_name: str, say: Say) -> Traini
             make_trainer(replace(job, checkpoint=checkpoint), run_name).fit()
             metrics = ray.get(board.kept.remote())
         logger.metrics(metrics)
+        review_evaluation(config, manifest, run, say)
         succeeded = True
     finally:
         logger.end(succeeded)

@@ -20,6 +20,7 @@ from roo_ray.models.losses import ranking_loss, task_loss_sums
 from roo_ray.models.objective import logits_of, retrieval_towers
 from roo_ray.models.retrieval import retrieval_loss
 from roo_ray.training.agreement import Agreement, Flags, agree, lanes_alive
+from roo_ray.training.clock import TrainingClock
 from roo_ray.training.sharding import ShardedModel
 from roo_ray.training.timing import StepTimes
 
@@ -45,8 +46,8 @@ class Trained:
 @dataclass
 class Trainer:
     """Takes steps. ``task_weights`` (K,); ``exploded``: train on the impression-level form; ``skips``: leave a batch
-    out where its loss is not finite; ``says``: the flags of this rank but ``not_finite``; ``names``: the request ids
-    of this rank's batch of a step, for an error."""
+    out where its loss is not finite; ``says``: the flags of this rank but ``not_finite``; ``clock``: when training
+    ends; ``names``: the request ids of this rank's batch of a step, for an error."""
 
     model: ShardedModel
     task_weights: Tensor
@@ -55,6 +56,7 @@ class Trainer:
     exploded: bool
     skips: bool
     says: Callable[[int], Flags]
+    clock: TrainingClock
     names: Callable[[Step], list[str]]
     times: StepTimes = field(init=False)
     left: Step = field(init=False)
@@ -67,7 +69,7 @@ class Trainer:
         ``self.times``. Raises TrainingDiverged on all ranks."""
         self.times = times
         self.left = coming = next(steps)
-        alive = lanes_alive(coming.lanes_alive, device)
+        alive = lanes_alive(self.clock.lanes(coming), device)
         self.times.start()
         taken = 0
         while alive and alive >= ends_below:
@@ -85,7 +87,7 @@ class Trainer:
             said = self.says(taken)
             flags = Flags(not finite, said.evicted, said.stop, said.checkpoint, said.written)
             known = batch.weights.double().sum(0)
-            agreement = agree(known, step.counts["cost"], coming.lanes_alive, flags, self.rank, self.world)
+            agreement = agree(known, step.counts["cost"], self.clock.lanes(coming), flags, self.rank, self.world)
             self.times.lap("communication")
             alive = agreement.lanes_to_come
             if agreement.any("not_finite"):

@@ -19,6 +19,7 @@ def quality_rows(metrics: Mapping[str, float]) -> list[list[str]]:
             ("ne", "NE"),
             ("auc", "AUC"),
             ("gauc", "GAUC by request"),
+            ("gauc_user", "GAUC by user"),
             ("calibration", "calibration (predicted / observed)"),
             ("bayes_ne", "NE of the Bayes optimum"),
             ("bayes_auc", "AUC of the Bayes optimum"),

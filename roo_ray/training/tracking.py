@@ -29,6 +29,7 @@ from roo_ray.redact import redact, redact_text
 from roo_ray.source_config import home
 from roo_ray.training.outbox import Entry, Outbox
 
+EXPERIMENT_KIND = "mlflow.experimentKind"  # its pages are for models, not for chats
 RUN_KEY_TAG = "roo_ray.run"
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # its notes on creating tables
 MAX_PARAM_LENGTH = 6000
@@ -88,7 +89,9 @@ def open_run(
         experiment = client.get_experiment_by_name(settings.experiment)
         if experiment is None:
             artifacts = (home() / "mlflow-artifacts").as_uri() if uri.startswith("sqlite:") else None
-            experiment_id = client.create_experiment(settings.experiment, artifact_location=artifacts)
+            experiment_id = client.create_experiment(
+                settings.experiment, artifacts, {EXPERIMENT_KIND: "custom_model_development"}
+            )
         else:
             experiment_id = experiment.experiment_id
         named = f"tags.`{RUN_KEY_TAG}` = '{key}'"

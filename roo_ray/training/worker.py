@@ -22,11 +22,13 @@ from roo_ray.ingest.device import on_device
 from roo_ray.ingest.plan import Position, differences
 from roo_ray.ingest.stream import RankStream, Step, StreamSettings, shared_feed
 from roo_ray.metrics.collection import RankingMetrics
+from roo_ray.metrics.curves import CURVES_FILE
 from roo_ray.models.cost import training_megaflops
 from roo_ray.models.keyed_random import set_epoch
 from roo_ray.models.ranking import RankingModel
 from roo_ray.training import checkpoint, evaluation
 from roo_ray.training.agreement import Flags
+from roo_ray.training.clock import TrainingClock
 from roo_ray.training.counts import Counts
 from roo_ray.training.job import WorkerJob
 from roo_ray.training.order import OrderStats
@@ -85,6 +87,7 @@ class Worker:
         self.counts = Counts.since({})
         self.lifetime = RankingMetrics(self.tasks)  # of all training, over all ranks; the same on every rank
         self.cost = training_megaflops(self.schema, self.config.model)
+        self.clock = TrainingClock(self.config.training.max_seconds)
         self.saved_at, self.failed_saves, self.overdue = time.monotonic(), 0, False
         storage = context.get_storage()
         self.storage, self.folder = storage.storage_filesystem, storage.experiment_fs_path
@@ -143,7 +146,11 @@ class Worker:
     def evaluate(self, holdout: Holdout | None = None) -> dict[str, float]:
         """Metrics of held-out data over all ranks (collective), under ``eval/``."""
         stream = self.stream("evaluation", holdout)
-        return evaluation.evaluate(self.model, self.schema, stream, self.device, self.say)
+        values, curves = evaluation.evaluate(
+            self.model, self.schema, stream, self.device, self.say, self.config.evaluation, self.rank
+        )
+        self.logger.json(curves, CURVES_FILE)
+        return values
 
     # ---- training ------------------------------------------------------------------------------------
 
@@ -172,6 +179,7 @@ class Worker:
             exploded=settings.form == "impression",
             skips=settings.on_nan == "skip",
             says=self.flags,
+            clock=self.clock,
             names=lambda step: request_ids(stream.settings, epoch, step),
         )
         total, window = Throughput(), Window(self.tasks, self.device)

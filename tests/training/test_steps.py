@@ -13,6 +13,7 @@ from roo_ray.errors import TrainingDiverged
 from roo_ray.ingest.batch import RequestBatch, dummy_batch
 from roo_ray.ingest.stream import NO_COUNTS, Step
 from roo_ray.training.agreement import Flags
+from roo_ray.training.clock import TrainingClock
 from roo_ray.training.steps import Trainer, name_requests
 from roo_ray.training.timing import PARTS, StepTimes
 from tests.models.batches import schema
@@ -40,7 +41,15 @@ def _train(rank: int, world: int, bad: int | None, skips: bool, counts: tuple[in
     task_weights = torch.tensor([label.weight for label in schema().labels])
     says = [Flags(checkpoint=rank == 0 and step == 2, evicted=rank == 1 and step == 3) for step in range(9)]
     trainer = Trainer(
-        model, task_weights, rank, world, False, skips, says=lambda taken: says[taken], names=lambda step: ["id=7"]
+        model=model,
+        task_weights=task_weights,
+        rank=rank,
+        world=world,
+        exploded=False,
+        skips=skips,
+        says=lambda taken: says[taken],
+        clock=TrainingClock(None),
+        names=lambda step: ["id=7"],
     )
     taken, before, kept, times = [], {}, {}, StepTimes(CPU)
     try:

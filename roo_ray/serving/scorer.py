@@ -1,0 +1,210 @@
+"""Scores requests with an exported model: one process, unsharded tables, no Ray, no process group.
+
+An exported model is a folder: ``weights.pt`` (tensors alone, read by torch's restricted loader), ``model.json`` (the
+model's config and tasks), ``schema.yaml`` and ``inputs.arrow`` (the Arrow types of the columns it reads).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from roo_ray.config import Holdout, Model
+from roo_ray.errors import DataError
+from roo_ray.ingest.lists import split_lists
+from roo_ray.ingest.pack import PackSettings, pack_window
+from roo_ray.ingest.plan import UnitRef, Window
+from roo_ray.ingest.read import NUM_IMPRESSIONS
+from roo_ray.ingest.rows import ReadRequests
+from roo_ray.ingest.tensors import PackedBatches
+from roo_ray.models.objective import logits_of, retrieval_towers
+from roo_ray.models.ranking import RankingModel
+from roo_ray.schema import Schema, parse_schema
+
+WEIGHTS, MODEL, SCHEMA, INPUTS = "weights.pt", "model.json", "schema.yaml", "inputs.arrow"
+BATCH_IMPRESSIONS = 8192
+Scores = npt.NDArray[np.float32]
+
+
+def input_columns(schema: Schema) -> list[str]:
+    """The columns that a request must bring: features, and its time where a sequence's ages are counted from it."""
+    names = [column for feature in schema.features for column in feature.source_columns]
+    timed = any(feature.time for feature in schema.sequences)
+    return list(dict.fromkeys([*names, *([schema.keys.time] if timed else [])]))
+
+
+@dataclass(frozen=True)
+class ScoredRequests:
+    """``num_impressions`` (R,) int64, and ``logits`` (N, K) float32 of the impressions in the order given."""
+
+    num_impressions: npt.NDArray[np.int64]
+    logits: Scores
+
+
+class Scorer:
+    """A model ready to score. ``tasks``: the names of its K outputs. ``inputs``: the Arrow types of its columns.
+    ``probabilities``: outputs are logits of probabilities (a ranking model), not similarities (retrieval)."""
+
+    def __init__(self, schema: Schema, settings: Model, inputs: pa.Schema, weights: Mapping[str, torch.Tensor]) -> None:
+        self.schema, self.inputs = schema, inputs
+        self.tasks = [label.name for label in schema.labels]
+        self.model = RankingModel(schema, settings)
+        self.model.load_state_dict(dict(weights))
+        self.model.eval()
+        self.probabilities = retrieval_towers(self.model) is None
+
+    @staticmethod
+    def load(folder: str | Path) -> Scorer:
+        """Reads an exported model. Raises DataError where it is not whole."""
+        folder = Path(folder)
+        missing = [name for name in (WEIGHTS, MODEL, SCHEMA, INPUTS) if not (folder / name).is_file()]
+        if missing:
+            raise DataError(f"{folder} is no exported model: {missing[0]} is missing")
+        settings = Model.model_validate(json.loads((folder / MODEL).read_text())["model"])
+        schema = parse_schema((folder / SCHEMA).read_text(), str(folder / SCHEMA))
+        inputs = pa.ipc.read_schema(pa.BufferReader((folder / INPUTS).read_bytes()))
+        weights = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True)
+        return Scorer(schema, settings, inputs, weights)
+
+    def score(self, requests: pa.Table, where: str = "the input") -> ScoredRequests:
+        """Logits of a table with a row per request: the user side runs once per request.
+
+        Keys and labels may be missing. Raises DataError, naming column and request, where a value does not fit.
+        """
+        table = self._complete(requests, where)
+        everything = Holdout(by="all")
+        settings = PackSettings(where, self.schema, everything, "evaluation", BATCH_IMPRESSIONS)
+        unit = UnitRef("(given requests)", 0, table.num_rows)
+        window = Window(0, 0, 0, (unit,), None)
+        if not table.num_rows:
+            return ScoredRequests(np.zeros(0, np.int64), np.zeros((0, len(self.tasks)), np.float32))
+        packed = PackedBatches(pack_window(settings, window, ReadRequests(table, (unit,), 0)), self.schema)
+        parts, counts = [], []
+        with torch.no_grad():
+            for row in range(packed.rows):
+                batch = packed.batch(row)
+                parts.append(logits_of(self.model, self.model(batch), len(self.tasks)).numpy())
+                counts.append(batch.num_impressions.numpy())
+        return ScoredRequests(np.concatenate(counts), np.concatenate(parts))
+
+    def _complete(self, requests: pa.Table, where: str) -> pa.Table:
+        """With stand-ins for keys and labels where they are not given."""
+        schema = self.schema
+        missing = [name for name in input_columns(schema) if name not in requests.column_names]
+        if missing:
+            raise DataError(f"{where} has no column {', '.join(missing)}, which the model reads")
+        table, rows = requests.combine_chunks(), requests.num_rows
+        items = next(column for f in schema.features if f.level == "impression" for column in f.source_columns)
+        if NUM_IMPRESSIONS not in table.column_names and rows:
+            try:
+                counts = split_lists(_array(table, items)).lengths
+            except TypeError:
+                raise DataError(
+                    f"{where}: column '{items}' must hold a list per request, a value per candidate"
+                ) from None
+            table = table.append_column(NUM_IMPRESSIONS, pa.array(counts))
+        numbers = pa.array(np.arange(rows))
+        for name in (*schema.keys.request, schema.keys.user):
+            if name not in table.column_names:
+                table = table.append_column(name, numbers)
+        if schema.keys.time not in table.column_names:
+            table = table.append_column(schema.keys.time, numbers.cast(pa.timestamp("us")))
+        names = [label.column for label in schema.labels] + [x.oracle for x in schema.labels if x.oracle]
+        for name in names:
+            table = table.drop_columns([name]) if name in table.column_names else table
+        if rows:
+            counts = np.asarray(_array(table, NUM_IMPRESSIONS)).astype(np.int64)
+            offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]))
+            unknown = pa.LargeListArray.from_arrays(offsets, pa.nulls(int(counts.sum()), pa.float32()))
+            for name in names:
+                table = table.append_column(name, unknown)
+        return table
+
+    def as_outputs(self, logits: Scores) -> Scores:
+        """Logits as a person wants them: probabilities of a ranking model, similarities of retrieval."""
+        if not self.probabilities:
+            return logits
+        return np.asarray(torch.sigmoid(torch.from_numpy(logits).double()).numpy(), np.float32)
+
+    def predict(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, list[list[float]]]:
+        """Columns of plain values, a value (or list) per request, times in seconds since the epoch (UTC) -> per task
+        a list per request of the scores of its candidates, in order."""
+        arrays = {}
+        for field in self.inputs:
+            if field.name not in columns:
+                raise DataError(f"the input has no column '{field.name}', which the model reads")
+            arrays[field.name] = _to_arrow(list(columns[field.name]), field)
+        scored = self.score(pa.table(arrays))
+        ends = np.cumsum(scored.num_impressions)[:-1]
+        outputs = self.as_outputs(scored.logits)
+        return {
+            task: [part.tolist() for part in np.split(outputs[:, k], ends)] if len(scored.num_impressions) else []
+            for k, task in enumerate(self.tasks)
+        }
+
+
+def _array(table: pa.Table, name: str) -> pa.Array:
+    column = table.column(name)
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+
+
+def plain_type(kind: pa.DataType) -> pa.DataType:
+    """The type in which a column's values are given: times are seconds, lists are lists of such."""
+    if pa.types.is_dictionary(kind):
+        return plain_type(kind.value_type)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return pa.large_list(plain_type(kind.value_type))
+    if pa.types.is_timestamp(kind):
+        return pa.float64()
+    return kind
+
+
+def _to_arrow(values: list[Any], field: pa.Field) -> pa.Array:
+    """Plain values as the column's type; seconds become timestamps. Raises DataError where they are of another."""
+    try:
+        # lists of values may come as NumPy arrays
+        array = pa.array([v.tolist() if isinstance(v, np.ndarray) else v for v in values], plain_type(field.type))
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise DataError(f"column '{field.name}' of the input is no {plain_type(field.type)}: {error}") from None
+    innermost = field.type.value_type if hasattr(field.type, "value_type") else field.type
+    if not pa.types.is_timestamp(innermost):
+        return array
+    if array.type == pa.float64():
+        return _seconds(array)
+    return pa.LargeListArray.from_arrays(array.offsets, _seconds(array.values))
+
+
+def _seconds(values: pa.Array) -> pa.Array:
+    micros = np.round(values.to_numpy(zero_copy_only=False) * 1e6)
+    absent = np.isnan(micros)
+    return pa.array(np.where(absent, 0, micros).astype(np.int64), mask=absent).cast(pa.timestamp("us"))
+
+
+def plain_columns(table: pa.Table, schema: Schema) -> dict[str, list[Any]]:
+    """Stored requests as ``Scorer.predict`` takes them: the model's input columns, times in seconds."""
+    columns = {}
+    for name in input_columns(schema):
+        array = _array(table, name)
+        kind = array.type
+        if hasattr(kind, "value_type") and pa.types.is_timestamp(kind.value_type):
+            lists = split_lists(array)
+            seconds = pa.array(_as_seconds(lists.values))
+            bounds = zip(lists.starts.tolist(), lists.lengths.tolist(), strict=True)
+            columns[name] = [seconds[start : start + length].to_pylist() for start, length in bounds]
+        elif pa.types.is_timestamp(kind):
+            columns[name] = _as_seconds(array).tolist()
+        else:
+            columns[name] = array.to_pylist()
+    return columns
+
+
+def _as_seconds(array: pa.Array) -> npt.NDArray[np.float64]:
+    return np.asarray(array.cast(pa.timestamp("us")).cast(pa.int64())) / 1e6

@@ -1,0 +1,89 @@
+"""What a finished run gets for its reviewer, without Ray: model, data set, pictures, ratios; none of it fatal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from roo_ray.config import Config, Tracking
+from roo_ray.metrics.collection import RankingMetrics
+from roo_ray.metrics.curves import CURVES_FILE, curves_of
+from roo_ray.review.history import baseline_run, cumulative, step_milliseconds
+from roo_ray.review.record import review_training
+from roo_ray.training.tracking import RunHandle, RunLogger, open_run
+from tests.ingest.shard_maker import schema
+from tests.metrics.reference import random_batch
+from tests.serving.test_scorer import MODEL, Trained
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("record")
+
+
+@pytest.fixture(scope="module")
+def config(folder: Path) -> Config:
+    settings = {"name": "record", "schema": schema(), "requests": str(folder / "data"), "model": MODEL}
+    made = Config.model_validate(settings | {"storage": str(folder), "serving": {"register_as": "recorded"}})
+    return made.model_copy(update={"tracking": Tracking(uri=f"sqlite:///{folder}/mlflow.db")})
+
+
+def logged_run(config: Config, name: str, form: str) -> RunHandle:
+    """A training run as workers leave it: windows of 100 impressions and 2 s, curves of the evaluation."""
+    run = open_run(config.tracking, "train", name, 1)
+    logger = RunLogger(run)
+    logger.params({"training": {"form": form}})
+    logger.tags({"data_digest": "same"})
+    for step in (10, 20, 30):
+        figures = {"train/impressions": 100.0, "train/seconds": 2.0, "train/data_wait_share": 0.25}
+        nes = {f"train/{t}/ne": 1 - step / 100 for t in ("click", "buy")}
+        nes |= {f"train_lifetime/{t}/ne": 1 - step / 200 for t in ("click", "buy")}
+        logger.metrics(figures | nes, step)
+    logits, labels, weights, counts = random_batch(1, 100)
+    metrics = RankingMetrics(["click", "buy"])
+    metrics.update(logits, labels, weights, counts)
+    logger.json(curves_of(metrics), CURVES_FILE)
+    logger.end(True)
+    return run
+
+
+def test_a_run_is_completed(config: Config, folder: Path) -> None:
+    trained = Trained(folder)
+    other = logged_run(config, "baseline", "impression")
+    run = logged_run(config, "roo", "request")
+    said: list[str] = []
+    review_training(config, trained.manifest, trained.checkpoint, run, said.append)
+    assert [line for line in said if "could not" in line] == []
+    client = MlflowClient(config.tracking.uri)
+    found = client.get_run(run.run_id)
+    pictures = {Path(item.path).name for item in client.list_artifacts(run.run_id, "review")}
+    for task in ("click", "buy"):
+        expected = {f"{kind}_{task}.png" for kind in ("roc", "calibration", "ne_over_steps", "ne_over_time")}
+        assert expected <= pictures
+    others = {"impressions_per_request.png", "length_of_history.png", "step_time.png", "curves.json"}
+    assert others <= pictures
+    for name in ("lookups", "all_to_all_bytes", "flops"):
+        assert found.data.metrics[f"data/dedup_ratio_{name}"] > 1
+    (data,) = found.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == ("data v1", trained.manifest.digest()[:8])
+    assert data.tags[0].value == "train"
+    assert client.get_model_version("recorded", "1").run_id == run.run_id
+    assert baseline_run(client, found) == ("impression-level (baseline)", other.run_id)
+    points = cumulative(client, run.run_id, "click")
+    assert [(p.step, p.impressions, p.seconds) for p in points] == [(10, 100, 2), (20, 200, 4), (30, 300, 6)]
+    assert step_milliseconds(client, found) == pytest.approx(
+        {"waiting for data": 50.0, "computing and communicating": 150.0}
+    )
+
+
+def test_what_cannot_be_made_is_said_and_not_raised(config: Config, folder: Path) -> None:
+    run = open_run(config.tracking, "train", "broken", 1)
+    said: list[str] = []
+    manifest = Trained(folder / "another").manifest
+    review_training(config, manifest, str(folder / "no_checkpoint"), run, said.append)
+    assert any(line.startswith("the model could not be logged") for line in said)
+    assert any(line.startswith("the evaluation's pictures could not be logged") for line in said)
+    assert MlflowClient(config.tracking.uri).get_run(run.run_id).inputs.dataset_inputs
+    review_training(config, manifest, "", RunHandle(None), said.append)  # tracking is off
