@@ -12,8 +12,9 @@ import statistics
 from typing import Any
 
 import torch
-from model_cases import SavedBytes, arguments, finish, keep_freed_memory, side_by_side, table, times_faster
+from model_cases import SavedBytes, arguments, finish, side_by_side, table, times_faster
 
+from roo_ray.allocator import keep_freed_memory
 from roo_ray.models import attention
 
 DIM, HEADS, LAYERS = 64, 2, 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import logging
 import statistics
@@ -102,16 +101,6 @@ def random_batch(schema: Schema, requests: int, impressions: int, history: int, 
 def _places(lengths: Tensor) -> Tensor:
     starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
     return torch.arange(int(lengths.sum())) - starts
-
-
-def keep_freed_memory() -> None:
-    """Has glibc's allocator keep what was freed. By default blocks of over 32 MB, which impression-level batches have
-    and request batches do not, come from the system anew in each step, page by page, zeroed: ROO would look twice as
-    good as it is. Elsewhere than on glibc nothing changes."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-4, 0)  # M_MMAP_MAX
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def side_by_side(ways: dict[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:

@@ -31,7 +31,6 @@ from model_cases import (
     SavedBytes,
     arguments,
     finish,
-    keep_freed_memory,
     merged,
     random_batch,
     schema_of,
@@ -41,6 +40,7 @@ from model_cases import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
+from roo_ray.allocator import keep_freed_memory
 from roo_ray.config import Model, Training
 from roo_ray.ingest.batch import RequestBatch
 from roo_ray.models.architectures import ARCHITECTURES

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import ray
 
+from roo_ray.allocator import keep_freed_memory, return_freed_memory
 from roo_ray.errors import BadInput, DataError, RooError
 from roo_ray.requests.stages import readable_failure
 from roo_ray.requests.uniqueness import HasStaging
@@ -29,6 +30,7 @@ def _run_task(batch: pa.Table, plan: HasStaging, what: str) -> pa.Table:
     number = batch.column("number")[0].as_py()
     filesystem, staging = open_filesystem(plan.staging)
     outcome: tuple[str, Any]
+    keep_freed_memory()
     try:
         if filesystem.get_file_info(f"{staging}/{ABORT}").type != pafs.FileType.NotFound:
             outcome = ("skipped", None)
@@ -40,6 +42,8 @@ def _run_task(batch: pa.Table, plan: HasStaging, what: str) -> pa.Table:
         kind = "refused" if isinstance(readable, BadInput) else "failed"
         trace = "" if isinstance(error, RooError) else f"\n{traceback.format_exc()}"
         outcome = (kind, str(readable) if kind == "refused" else f"{readable}{trace}")
+    finally:
+        return_freed_memory()
     return pa.table({"number": [number], "outcome": [pickle.dumps(outcome)]})
 
 
