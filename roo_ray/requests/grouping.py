@@ -95,6 +95,21 @@ def group_parts(
     return pa.table(columns), [keys_known, *findings]
 
 
+def kept_row(
+    copies: pa.Table, impressions: pa.Table, copy_of: Ints, schema: Schema, on_conflict: OnConflict
+) -> tuple[Ints, Ints]:
+    """(rows,) the number of each impression's request, and (rows,) the impression whose request-level values that
+    request keeps in ``group_parts``."""
+    rows = impressions.num_rows
+    order, starts = _order(copies, impressions, copy_of, schema)
+    lengths = np.diff(np.append(starts, rows))
+    kept = _kept(impressions, schema, order, starts, lengths, on_conflict)
+    request, owner = np.empty(rows, np.int64), np.empty(rows, np.int64)
+    request[order] = np.repeat(np.arange(len(starts)), lengths)
+    owner[order] = np.repeat(kept, lengths)
+    return request, owner
+
+
 def _kept(
     impressions: pa.Table, schema: Schema, order: Ints, starts: Ints, lengths: Ints, on_conflict: OnConflict
 ) -> Ints:

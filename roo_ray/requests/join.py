@@ -39,6 +39,7 @@ from roo_ray.requests.report import (
     report_json,
     require_passed,
 )
+from roo_ray.requests.settling import Settled, settle_days, settled_finding
 from roo_ray.requests.stages import (
     Assembly,
     BuildPlan,
@@ -56,7 +57,8 @@ from roo_ray.requests.stages import (
 )
 from roo_ray.requests.staging import Runs, pieces_of
 from roo_ray.requests.tasks import Say, run_tasks
-from roo_ray.requests.uniqueness import refuse_repeated_keys, repeated_hashes, stage_kept_hashes
+from roo_ray.requests.two_days import TwoDays, find_two_days, two_days
+from roo_ray.requests.uniqueness import ranges_for, refuse_repeated_keys, repeated_hashes, stage_kept_hashes
 from roo_ray.requests.versions import (
     STAGING,
     discard,
@@ -156,7 +158,8 @@ def _run(plan: BuildPlan, units: Sequence[ReadUnit], parent: Manifest | None, pr
         if not inputs:
             raise RooError("the logs join to no request at all; nothing is published")
     else:
-        surveys = _count(plan, units, progress)
+        surveys, astride = _count(plan, units, progress)
+        plan = replace(plan, two_days=astride)
     survey = add_surveys(surveys)
     exchange = plan_exchange(survey, plan.build, plan.kind == "impressions")
     wanted = survey.total_rows
@@ -173,11 +176,13 @@ def _run(plan: BuildPlan, units: Sequence[ReadUnit], parent: Manifest | None, pr
     progress(f"dealing {wanted:,} {plan.kind} to {len(exchange.shards):,} shards of {len(exchange.days)} days")
     tasks = [(some, number) for number, some in enumerate(scatter_tasks(inputs, plan.kind))]
     scattered = run_tasks(plan, "dealing", scatter, tasks, progress)
-    read = sum(result.impressions for result in scattered)
+    settled = settle_days(plan, scattered, progress)
+    outside = sum(part.rows_outside for part in settled)
+    read = sum(result.impressions for result in scattered) - outside
     progress(f"grouping, checking and writing {read:,} impressions ({len(exchange.shards):,} tasks)")
-    shard_tasks = _shard_tasks(plan, scattered)
+    shard_tasks = _shard_tasks(plan, scattered, settled)
     gathered = run_tasks(plan, "writing", gather, [(task,) for task in shard_tasks], progress)
-    findings = merge_findings(result.findings for result in gathered)
+    findings = merge_findings([*(result.findings for result in gathered), settled_finding(plan, gathered, settled)])
     require_passed(findings)
     findings.append(_verify(plan, gathered, findings, parent, progress))
 
@@ -188,9 +193,11 @@ def _run(plan: BuildPlan, units: Sequence[ReadUnit], parent: Manifest | None, pr
         "impressions": sum(file.impressions for file in files),
     }
     stations = {"listed": (survey.total_rows if inputs is not units else rows) - counts.get("rows_outside_days", 0)}
-    stations |= {"counted": wanted, "dealt": sum(part.rows for part in scattered)}
+    stations |= {"counted": wanted, "dealt": sum(part.rows for part in scattered) - outside}
     stations |= {"grouped": sum(part.rows for part in gathered)}
     _account(plan, written, stations)
+    if settled_requests := sum(part.requests for part in settled):
+        counts["requests_of_two_days"] = settled_requests
     counts |= {"rows_read": rows, "impressions_read": read, **plan.source.counts()}
 
     pairs = zip(shard_tasks, gathered, strict=True)
@@ -242,15 +249,26 @@ def _origin(plan: BuildPlan, units: Sequence[ReadUnit], parent: Manifest | None)
 # ---- stages --------------------------------------------------------------------------------------
 
 
-def _count(plan: BuildPlan, units: Sequence[ReadUnit], progress: Say) -> list[Survey]:
-    """The surveys of all units; of a small input by the driver itself, which is faster than starting tasks."""
-    if not isinstance(plan.source, KeyedSource) or sum(unit.rows for unit in units) > COUNTED_HERE:
-        return run_tasks(plan, "counting", count, [(unit,) for unit in units], progress)
-    try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(lambda unit: count(plan, unit), units))
-    except Exception as error:
-        raise readable_failure(error, "counting") from None
+def _count(plan: BuildPlan, units: Sequence[ReadUnit], progress: Say) -> tuple[list[Survey], TwoDays]:
+    """The surveys of all units, and the requests that have several days; of a small input by the driver itself, which
+    is faster than starting tasks."""
+    rows = sum(unit.rows for unit in units)
+    ranges = ranges_for(rows)
+    if not isinstance(plan.source, KeyedSource) or rows > COUNTED_HERE:
+        counted = run_tasks(plan, "counting", count, [(unit, ranges) for unit in units], progress)
+    else:
+        try:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                counted = list(pool.map(lambda unit: count(plan, unit, ranges), units))
+        except Exception as error:
+            raise readable_failure(error, "counting") from None
+    pieces = pieces_of([runs for _, runs in counted if runs is not None], ranges)
+    if ranges == 1:
+        found = [find_two_days(plan, pieces[0], plan.days)]
+    else:
+        tasks = [(some, plan.days) for some in pieces if some]
+        found = run_tasks(plan, "comparing days", find_two_days, tasks, progress)
+    return [survey for survey, _ in counted], two_days(found, plan.schema)
 
 
 def _assemble_logs(plan: BuildPlan, units: Sequence[ReadUnit], progress: Say) -> list[Assembly]:
@@ -286,11 +304,13 @@ def _aside(assemblies: Sequence[Assembly]) -> dict[str, AsideRows]:
     return dict(sorted(kept.items()))
 
 
-def _shard_tasks(plan: BuildPlan, scattered: Sequence[Scattered]) -> list[ShardTask]:
+def _shard_tasks(plan: BuildPlan, scattered: Sequence[Scattered], settled: Sequence[Settled]) -> list[ShardTask]:
     assert plan.exchange is not None
-    copies = pieces_of([part.copies_runs for part in scattered], plan.exchange.buckets)
-    own = [part.impression_runs for part in scattered if part.impression_runs is not None]
-    impressions = pieces_of(own, plan.exchange.buckets) if own else None
+    buckets_of_all = plan.exchange.buckets + plan.two_days.buckets
+    parts: list[Scattered | Settled] = [*scattered, *settled]
+    copies = pieces_of([part.copies_runs for part in parts], buckets_of_all)
+    own = [part.impression_runs for part in parts if part.impression_runs is not None]
+    impressions = pieces_of(own, buckets_of_all) if own else None
     tasks = []
     for index, shard in enumerate(plan.exchange.shards):
         # shards of an earlier version may have lost all their rows
@@ -334,7 +354,8 @@ def _verify(
     keys = ", ".join(plan.schema.keys.request)
     unique = Finding("request key of two users or days", keys, requests, "requests", 0, FAIL)
     try:
-        refuse_repeated_keys(plan.data_set, plan.schema, repeated, files_of)
+        refused_by_rule = parent is None and plan.kind == "impressions" and plan.build.on_request_conflict == FAIL
+        refuse_repeated_keys(plan.data_set, plan.schema, repeated, files_of, refused_by_rule)
     except DataError as error:
         failed = replace(unique, found=1, problem=str(error))
         raise CheckFailed(str(error), [failed, *findings]) from None

@@ -28,6 +28,7 @@ from roo_ray.requests.manifest import ShardFile
 from roo_ray.requests.report import FAIL, Finding, merge_findings, stops_writing
 from roo_ray.requests.shards import WriteOptions, write_options, write_shards, write_whole
 from roo_ray.requests.staging import BATCH_ROWS, Codec, Piece, Runs, StagingWriter, read_pieces, read_staged
+from roo_ray.requests.two_days import NO_TWO_DAYS, TwoDays, stage_days
 from roo_ray.requests.uniqueness import ranges_for, stage_hashes
 from roo_ray.schema import Schema
 from roo_ray.sources.base import JoinedSource, KeyedSource, ReadUnit, RowKind, Source
@@ -48,7 +49,8 @@ REFUSED = "REFUSED"
 @dataclass(frozen=True)
 class BuildPlan:
     """What every task of a build knows. ``staging``: folder of the files between the stages; ``kind``: what the
-    source's rows are; ``exchange``: known after the count; ``days``: the UTC days that are built, empty for all."""
+    source's rows are; ``exchange``, ``two_days`` (requests of several days, to be settled): known after the count;
+    ``days``: the UTC days that are built, empty for all."""
 
     source: Source | JoinedSource
     schema: Schema
@@ -61,6 +63,14 @@ class BuildPlan:
     exchange: Exchange | None = None
     days: tuple[int, ...] = ()
     requests_expected: float = 0.0
+    two_days: TwoDays = NO_TWO_DAYS
+
+    @property
+    def settles_days(self) -> bool:
+        """Whether a rule says what becomes of a request with several days."""
+        keys = self.schema.keys
+        may_differ = self.kind == "impressions" and keys.time not in keys.request
+        return may_differ and self.build.on_request_conflict != FAIL
 
     @property
     def codec(self) -> Codec:
@@ -212,12 +222,19 @@ def aside_folder(version: int, token: str = "") -> str:
 # ---- count and scatter ---------------------------------------------------------------------------
 
 
-def count(plan: BuildPlan, unit: ReadUnit) -> Survey:
-    """The survey of a unit of a plain source; reads only the key columns where the source can."""
+def count(plan: BuildPlan, unit: ReadUnit, ranges: int) -> tuple[Survey, Runs | None]:
+    """The survey of a unit of a plain source, and where the days of its requests are staged, in ``ranges``, if they
+    may have to be settled; reads only the key columns where the source can."""
     source, columns = plan.source, key_columns(plan.schema)
     tables = source.key_batches(unit, columns) if isinstance(source, KeyedSource) else source.batches(unit)
-    parts = [survey_rows(*key_hashes(table, plan.schema), 0) for table in tables]
-    return replace(add_surveys(parts), bytes=unit.bytes)
+    surveys, key_days = [], []
+    for table in tables:
+        days, users, requests = key_hashes(table, plan.schema)
+        surveys.append(survey_rows(days, users, requests, 0))
+        if plan.settles_days:
+            key_days.append((requests, days))
+    runs = stage_days(plan.staging, unit.index, key_days, ranges) if plan.settles_days else None
+    return replace(add_surveys(surveys), bytes=unit.bytes), runs
 
 
 def _batches_of(plan: BuildPlan, unit: ReadUnit | Joined) -> Iterator[pa.Table]:
@@ -227,12 +244,15 @@ def _batches_of(plan: BuildPlan, unit: ReadUnit | Joined) -> Iterator[pa.Table]:
 
 
 def _rows_of(plan: BuildPlan, units: Sequence[ReadUnit | Joined]) -> Iterator[pa.Table]:
-    """The units' rows of the days that are built."""
+    """The units' rows of the days that are built, and those of requests whose day is to be settled."""
     for table in (table for unit in units for table in _batches_of(plan, unit)):
         if plan.days:
             require_keys(table, plan.schema)
             days = utc_days(epoch_seconds(table.column(plan.schema.keys.time), plan.schema.keys.time))
-            table = table.filter(pa.array(np.isin(days, plan.days)))
+            wanted = np.isin(days, plan.days)
+            if plan.two_days.buckets:
+                wanted |= plan.two_days.holds(hash_rows(table, plan.schema.keys.request))
+            table = table.filter(pa.array(wanted))
         if table.num_rows:
             yield table
 
@@ -246,22 +266,22 @@ def scatter(plan: BuildPlan, units: Sequence[ReadUnit | Joined], number: int) ->
     if plan.kind == "requests":
         with StagingWriter(plan.staging, f"rows-{number:06d}.arrow", types, plan.codec) as writer:
             for table in _rows_of(plan, units):
-                dealt = _dealt(exchange, table, schema)
-                writer.write_sorted(table.take(pa.array(dealt.order)), *_parts(dealt.buckets))
+                dealt = _dealt(plan, *key_hashes(table, schema))
+                writer.write_sorted(table.take(pa.array(dealt.order)), *parts_of(dealt.buckets))
                 rows += table.num_rows
                 impressions += int(list_parts(as_array(table.column(schema.impression_columns[0])))[0].sum())
             return Scattered(rows, impressions, writer.runs, None)
-    shared = SharedCopies(schema, exchange.buckets, SHARED_BUCKETS * plan.build.bucket_bytes)
+    shared = SharedCopies(schema, exchange.buckets + plan.two_days.buckets, SHARED_BUCKETS * plan.build.bucket_bytes)
     with (
         StagingWriter(plan.staging, f"copies-{number:06d}.arrow", plan.copy_types, plan.codec) as copies,
         StagingWriter(plan.staging, f"impressions-{number:06d}.arrow", plan.own_types, plan.codec) as own,
     ):
         for table in _rows_of(plan, units):
-            dealt = _dealt(exchange, table, schema)
+            dealt = _dealt(plan, *key_hashes(table, schema))
             keeps, copy, kept = shared.share(table.select(schema.request_columns), dealt)
-            copies.write_sorted(kept, *_parts(dealt.buckets[keeps]))
+            copies.write_sorted(kept, *parts_of(dealt.buckets[keeps]))
             rest = table.select(schema.impression_columns).take(pa.array(dealt.order))
-            own.write_sorted(rest.append_column(COPY_OF, [copy.astype(np.int32)]), *_parts(dealt.buckets))
+            own.write_sorted(rest.append_column(COPY_OF, [copy.astype(np.int32)]), *parts_of(dealt.buckets))
             rows += table.num_rows
         return Scattered(rows, rows, copies.runs, own.runs)
 
@@ -283,14 +303,14 @@ def scatter_tasks(inputs: Sequence[ReadUnit | Joined], kind: RowKind) -> list[li
     return tasks
 
 
-def _dealt(exchange: Exchange, table: pa.Table, schema: Schema) -> Dealt:
-    days, users, requests = key_hashes(table, schema)
-    bucket = exchange.bucket_of(days, users, requests)
+def _dealt(plan: BuildPlan, days: Ints, users: Hashes, requests: Hashes) -> Dealt:
+    assert plan.exchange is not None
+    bucket = plan.two_days.bucket_of(plan.exchange, days, users, requests)
     order = np.lexsort([requests, bucket])
     return Dealt(order, bucket[order], requests[order])
 
 
-def _parts(buckets: Ints) -> tuple[Ints, Ints]:
+def parts_of(buckets: Ints) -> tuple[Ints, Ints]:
     """(parts,) the values of ``buckets``, which is sorted, and (parts + 1,) where each begins and the end."""
     starts = np.flatnonzero(np.append(True, buckets[1:] != buckets[:-1])[: len(buckets)])
     return buckets[starts], np.append(starts, len(buckets))
@@ -342,11 +362,21 @@ def _grouped(plan: BuildPlan, task: ShardTask, number: int) -> tuple[pa.Table, i
         requests = table.append_column(NUM_IMPRESSIONS, pa.array(lengths.astype(np.int32)))
         keys_known = Finding("null request key", ", ".join(plan.schema.keys.request), len(lengths), "requests", 0, FAIL)
         return requests.select([*plan.schema.columns, NUM_IMPRESSIONS]), table.num_rows, [keys_known]
+    shared, rest, copy_of = read_bucket(plan, task.copies[number], task.impressions[number])
+    requests, findings = group_parts(shared, rest, copy_of, plan.schema, plan.build.on_request_conflict)
+    return requests, rest.num_rows, findings
+
+
+def read_bucket(
+    plan: BuildPlan, copies_pieces: Sequence[Piece], impression_pieces: Sequence[Piece]
+) -> tuple[pa.Table, pa.Table, Ints]:
+    """The staged rows of one bucket: the copies of the request-level columns, the impressions, and (impressions,)
+    the copy of each."""
     copies: list[pa.RecordBatch] = []
     own: list[pa.RecordBatch] = []
     copy_of = [np.zeros(0, np.int64)]
     before = 0
-    for copies_piece, own_piece in zip(task.copies[number], task.impressions[number], strict=True):
+    for copies_piece, own_piece in zip(copies_pieces, impression_pieces, strict=True):
         its = list(read_pieces(plan.staging, [own_piece]))  # numbered within the copies of the same task
         copy_of += [np.asarray(batch.column(COPY_OF)).astype(np.int64) + before for batch in its]
         more = list(read_pieces(plan.staging, [copies_piece]))
@@ -354,9 +384,7 @@ def _grouped(plan: BuildPlan, task: ShardTask, number: int) -> tuple[pa.Table, i
         own, copies = own + its, copies + more
     shared = pa.Table.from_batches(copies, plan.copy_types).combine_chunks()
     rest = pa.Table.from_batches(own, plan.own_types).drop_columns([COPY_OF]).combine_chunks()
-    del copies, own
-    requests, findings = group_parts(shared, rest, np.concatenate(copy_of), plan.schema, plan.build.on_request_conflict)
-    return requests, rest.num_rows, findings
+    return shared, rest, np.concatenate(copy_of)
 
 
 def _write(plan: BuildPlan, task: ShardTask, requests: pa.Table, so_far: Gathered) -> Gathered:

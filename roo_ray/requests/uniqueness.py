@@ -20,6 +20,7 @@ from roo_ray.requests.grouping import describe_key
 from roo_ray.requests.manifest import ShardFile
 from roo_ray.requests.staging import Piece, Runs, StagingWriter, read_pieces
 from roo_ray.schema import Schema
+from roo_ray.sources.compare import Ints
 from roo_ray.sources.hashing import Hashes, hash_rows
 from roo_ray.storage import open_filesystem
 
@@ -43,13 +44,17 @@ def ranges_for(requests: float) -> int:
     return 1 + int(requests // HASHES_AT_ONCE)
 
 
+def split_range(ordered: Hashes, ranges: int) -> Ints:
+    """(ranges + 1,) where in sorted hashes each range begins, and the end."""
+    starts = [-(-(number << 64) // ranges) for number in range(1, ranges)]
+    return np.array([0, *np.searchsorted(ordered, np.array(starts, np.uint64)).tolist(), len(ordered)])
+
+
 def stage_hashes(staging: str, shard: int, hashes: Hashes, ranges: int) -> Runs:
     """Stages the key hashes of a shard's requests, sorted and by range."""
     ordered = np.sort(hashes)
-    starts = [-(-(number << 64) // ranges) for number in range(1, ranges)]
-    bounds = [0, *np.searchsorted(ordered, np.array(starts, np.uint64)).tolist(), len(ordered)]
     with StagingWriter(staging, f"keys-{shard:06d}.arrow", HASH) as writer:
-        writer.write_sorted(pa.table([ordered], schema=HASH), np.arange(ranges), np.array(bounds))
+        writer.write_sorted(pa.table([ordered], schema=HASH), np.arange(ranges), split_range(ordered, ranges))
         return writer.runs
 
 
@@ -80,10 +85,14 @@ def repeated_hashes(plan: HasStaging, pieces: Sequence[Piece]) -> list[tuple[int
 
 
 def refuse_repeated_keys(
-    data_set: str, schema: Schema, repeated: Sequence[tuple[int, list[int]]], files_of: Sequence[Sequence[ShardFile]]
+    data_set: str,
+    schema: Schema,
+    repeated: Sequence[tuple[int, list[int]]],
+    files_of: Sequence[Sequence[ShardFile]],
+    can_settle: bool = False,
 ) -> None:
     """Raises DataError where request keys behind equal hashes are equal. ``files_of``: the files of each shard
-    that a hash names."""
+    that a hash names; ``can_settle``: whether a rule for conflicts could settle two times of one user."""
     if not repeated:
         return
     filesystem, base = open_filesystem(data_set)
@@ -107,8 +116,12 @@ def refuse_repeated_keys(
         who = [
             describe_key(rows, row, list(dict.fromkeys([schema.keys.user, schema.keys.time]))) for row in (left, right)
         ]
+        same_user = all(
+            rows.column(schema.keys.user)[a].equals(rows.column(schema.keys.user)[b]) for a, b in pairs.values()
+        )
+        settle = ", or set build.on_request_conflict to first, last or max_time" if can_settle and same_user else ""
         raise DataError(
             f"the request key names several requests: {len(pairs)} keys have different users or times (first: "
             f"{describe_key(rows, left, schema.keys.request)}: {who[0]}, and {who[1]}); add columns to keys.request, "
-            "or correct the log"
+            f"or correct the log{settle}"
         )
