@@ -109,7 +109,7 @@ def test_from_two_workers_to_one_to_three_through_checkpoints(
 
     def listen(line: str) -> None:
         lines.append(line)
-        found = re.search(r"epoch 1/2  step (\d+) ", line)
+        found = re.search(r"epoch ./2  step (\d+) ", line)
         if found and disturb and int(found[1]) >= 6 and len(disturb) + lines.count("next") == 2:
             disturb.pop(0)()
 
@@ -131,7 +131,7 @@ def test_from_two_workers_to_one_to_three_through_checkpoints(
     result = train(with_workers(3), "chain", listen)
     resumed = [line for line in lines if "resumed after epoch" in line]
     assert len(resumed) == 2
-    assert "within an epoch" in resumed[0]
+    assert any("within an epoch" in line for line in resumed)
 
     runs = client.search_runs([experiment], named)
     assert [(run.info.status, run.info.run_id) for run in runs] == [("FINISHED", result.run.run_id)]
