@@ -9,7 +9,7 @@ import ray
 import ray.train
 
 from roo_ray.config import Holdout
-from roo_ray.errors import Stopped, TrainingDiverged
+from roo_ray.errors import Evicted, Stopped, TrainingDiverged
 from roo_ray.training import checkpoint
 from roo_ray.training.counts import Counts
 from roo_ray.training.job import BEFORE_FILE, WorkerJob
@@ -79,8 +79,8 @@ def train_worker(loop_config: dict[str, Any]) -> None:
                 ray.get(job.board.keep.remote(metrics))
             return
         train(worker, ray.train.get_checkpoint())
-    except (Stopped, TrainingDiverged) as error:
-        # all ranks end together, and trying again would end the same way: no failure in Ray Train's eyes
+    except (Evicted, Stopped, TrainingDiverged) as error:
+        # all ranks end together: no failure in Ray Train's eyes; the driver knows what to do
         ray.get(job.board.end_with.remote(error))
     finally:
         if worker.stopping is not None:

@@ -19,7 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from roo_ray import session
 from roo_ray.config import Config, WorkerRange
-from roo_ray.errors import ConfigError, RooError, Stopped
+from roo_ray.errors import ConfigError, Evicted, RooError, Stopped
 from roo_ray.ingest.holdout import check_sides
 from roo_ray.ingest.plan import differences, plan_inputs
 from roo_ray.models.check import check_model
@@ -221,7 +221,11 @@ def train(
             job = replace(make_job(config, manifest, "train", run, board), checkpoint=start_from, day=day)
             with on_terminate(board.stop.remote):
                 result = make_trainer(job, run_name).fit()
-            ended = ray.get(board.outcome.remote())
+                while isinstance(ended := ray.get(board.outcome.remote()), Evicted):
+                    say(
+                        f"{ended}; starting the workers again"
+                    )  # no failure: the run may be evicted any number of times
+                    result = make_trainer(job, run_name).fit()
         if ended is not None:
             stopped = isinstance(ended, Stopped)
             raise ended

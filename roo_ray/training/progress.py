@@ -47,8 +47,9 @@ class ProgressBoard:
         self._outcome = error
 
     def outcome(self) -> Exception | None:
-        """That error, if any."""
-        return self._outcome
+        """That error, if any, once."""
+        outcome, self._outcome = self._outcome, None
+        return outcome
 
     def keep(self, result: dict[str, float]) -> None:
         """Holds a result for the driver (Ray Train hands metrics on with checkpoints alone)."""

@@ -160,7 +160,15 @@ def shard(
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
     )
     initialise_tables(module, settings.seed)
-    dense = {name: p for name, p in module.named_parameters() if p.requires_grad and not _is_fused(module, name)}
+    # by name: a rank that holds nothing of a table has a parameter for it all the same, and no fused state
+    fused_tables = {
+        f"embeddings.{table}.weight" for table in tables if embeddings.sharding.get(table) != "data_parallel"
+    }
+    dense = {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and ".".join(name.split(".")[-3:]) not in fused_tables
+    }
     dense_optimizer = KeyedOptimizerWrapper(
         dense, lambda parameters: torch.optim.Adam(parameters, lr=settings.dense_lr, fused=True)
     )
@@ -171,10 +179,6 @@ def shard(
 
 def _is_data_parallel(parameter: str, embeddings: Embeddings) -> bool:
     return embeddings.sharding.get(parameter.split(".")[-2]) == "data_parallel"
-
-
-def _is_fused(module: DistributedModelParallel, name: str) -> bool:
-    return name in module.fused_optimizer.params
 
 
 def describe_plan(plan: ShardingPlan) -> list[dict[str, object]]:

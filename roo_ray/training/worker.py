@@ -227,10 +227,7 @@ class Worker:
         """Ends this worker group after its last checkpoint."""
         if stop:
             raise Stopped(f"at step {self.steps_done}; the checkpoint is written, and the same run_name goes on there")
-        raise Evicted(
-            f"a worker got SIGTERM at step {self.steps_done}; the checkpoint is written, and the run goes on from it "
-            "where training.max_failures allows"
-        )
+        raise Evicted(f"a worker got SIGTERM at step {self.steps_done}; the checkpoint is written")
 
     def count_skipped(self) -> None:
         """Counts a batch that was left out. Raises TrainingDiverged where there are too many."""

@@ -1,4 +1,4 @@
-"""Real kills: a run that loses its workers again and again, and its driver once, ends with the undisturbed model."""
+"""Real kills: a run that loses its workers again and again ends with the undisturbed model, bit for bit."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ import re
 import signal
 from pathlib import Path
 
-import pytest
 import torch
 from mlflow.tracking import MlflowClient
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from roo_ray.errors import Stopped
 from roo_ray.training.checkpoint import read_state
 from roo_ray.training.launch import train
 from roo_ray.training.prepare import prepare
@@ -25,10 +23,10 @@ SETTINGS = (
     "training.epochs=1",
     "training.checkpoint_every_steps=5",
     "training.log_every=1",
-    "training.max_failures=6",
+    "training.max_failures=1",  # a notice is no failure, and a run after it may fail again
     "ingest.batch_impressions=16",
-    "source.requests=1500",
-    "source.requests_per_task=500",
+    "source.requests=1200",
+    "source.requests_per_task=400",
 )
 
 
@@ -48,7 +46,7 @@ def tensors(checkpoint: str, folder: Path) -> dict[str, torch.Tensor]:
     return flat
 
 
-def test_workers_killed_at_random_steps_and_a_stopped_driver_change_nothing(local_ray: None, tmp_path: Path) -> None:
+def test_workers_killed_at_random_steps_change_nothing(local_ray: None, tmp_path: Path) -> None:
     config = small_config(tmp_path, *SETTINGS)
     prepare(config, "build", quiet)
     reference = train(config, "undisturbed", quiet)
@@ -56,9 +54,9 @@ def test_workers_killed_at_random_steps_and_a_stopped_driver_change_nothing(loca
     seed = random.randrange(10**6)
     chosen = random.Random(seed)
     # lines come half a second late: the last third is for what comes after the last kill
-    chosen_steps = [chosen.randrange(2 + part * steps // 6, (part + 1) * steps // 6) for part in range(4)]
-    # (step, what): the driver is told to end, two workers are killed, one gets a spot instance's notice
-    plan = list(zip(chosen_steps, ("driver", "kill", "notice", "kill"), strict=True))
+    chosen_steps = [chosen.randrange(12 + part * steps // 5, (part + 1) * steps // 5) for part in range(3)]
+    # (step, what): two workers are killed, one between them gets a spot instance's notice
+    plan = list(zip(chosen_steps, ("kill", "notice", "kill"), strict=True))
     print(f"seed {seed}: {plan} of {steps} steps")
     done: list[str] = []
     lines: list[str] = []
@@ -73,21 +71,15 @@ def test_workers_killed_at_random_steps_and_a_stopped_driver_change_nothing(loca
             what = plan.pop(0)[1]
             done.append(what)
             ready = False  # until the next group of workers has begun
-            if what == "driver":
-                os.kill(os.getpid(), signal.SIGTERM)
-            else:
-                os.kill(one_of_the_trainers(), signal.SIGKILL if what == "kill" else signal.SIGTERM)
+            os.kill(one_of_the_trainers(), signal.SIGKILL if what == "kill" else signal.SIGTERM)
 
-    with pytest.raises(Stopped, match="the same run_name goes on there"):
-        train(config, "disturbed", disturb)
+    result = train(config, "disturbed", disturb)
+    assert done == ["kill", "notice", "kill"]
     client = MlflowClient(config.tracking.uri)
     experiment = client.get_experiment_by_name("roo_ray")
     named = "tags.`roo_ray.run` = 'train/disturbed'"
-    assert [run.info.status for run in client.search_runs([experiment.experiment_id], named)] == ["KILLED"]
-    result = train(config, "disturbed", disturb)
-    assert done == ["driver", "kill", "notice", "kill"]
     resumed = [line for line in lines if "resumed after epoch 0, step" in line and "within an epoch" in line]
-    assert len(resumed) >= 3
+    assert len(resumed) >= 2
 
     # one run, every step logged once, every request trained on once, and the same bits in the end
     runs = client.search_runs([experiment.experiment_id], named)

@@ -41,7 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(local_ray: None, folder: Path) -> tuple[Config, Manifest, TrainingResult]:
     """Trained on 2 workers with sharded tables, its held-out scores written, the model registered."""
     extra = [f"evaluation.scores={folder}/scores", "serving.register_as=clicks", "training.row_wise_from=1000"]
-    config = small_config(folder, *extra, "training.epochs=1")
+    early = ["training.checkpoint_every_steps=2", "training.keep_checkpoints=100"]
+    config = small_config(folder, *extra, *early, "training.epochs=1")
     manifest, _ = prepare(config, "build", quiet)
     return config, manifest, train(config, "product", quiet)
 
@@ -144,28 +145,26 @@ def test_a_failed_prediction_leaves_nothing(
         Scorer.load(tmp_path / "model")
 
 
-def test_a_model_against_itself_and_against_its_start(
+def test_a_model_against_its_beginnings_on_another_number_of_workers(
     trained: tuple[Config, Manifest, TrainingResult], folder: Path
 ) -> None:
+    """The figures are those of the training's own evaluation, whatever model and workers the config names."""
     config, _, result = trained
-    other = train(
-        config.model_copy(
-            update={
-                "evaluation": config.evaluation.model_copy(update={"scores": None}),
-                "training": config.training.model_copy(update={"max_seconds": 1e-3, "epochs": 5}),
-            }
-        ),
-        "hardly",
-        quiet,
-    )
-    assert other.metrics["epoch/requests"] < result.metrics["epoch/requests"] / 2  # its time was up
-    compared = compare_models(config, result.checkpoint, other.checkpoint, "against", "request", 200, quiet)
+    early = min((folder / "runs/product").glob("epoch-0000-*"))
+    other = small_config(folder, "training.workers=1", "model.dim=64")  # the checkpoint's model is what counts
+    compared = compare_models(other, result.checkpoint, str(early), "against", "request", 200, quiet)
     found = {d.metric: d for d in compared.differences["click"]}
-    assert found["ne"].first == pytest.approx(result.metrics["eval/click/ne"], rel=1e-6)
-    assert found["ne"].second == pytest.approx(other.metrics["eval/click/ne"], rel=1e-6)
-    assert found["auc"].first == pytest.approx(result.metrics["eval/click/auc"], rel=1e-9)
-    assert found["gauc"].second == pytest.approx(other.metrics["eval/click/gauc"], rel=1e-9)
+    assert found["ne"].first == pytest.approx(result.metrics["eval/click/ne"], rel=1e-5)
+    assert found["auc"].first == pytest.approx(result.metrics["eval/click/auc"], rel=1e-5)
+    assert found["gauc"].first == pytest.approx(result.metrics["eval/click/gauc"], rel=1e-5)
     assert found["ne"].low > 0
     assert compared.impressions == result.metrics["eval/impressions"]
-    run = MlflowClient(config.tracking.uri).get_run(compared.run.run_id)
+    client = MlflowClient(config.tracking.uri)
+    run = client.get_run(compared.run.run_id)
     assert run.data.metrics["compare/click/ne_difference_low"] == pytest.approx(found["ne"].low)
+    experiment = client.get_experiment_by_name("roo_ray").experiment_id
+    [evaluated] = client.search_runs([experiment], "tags.`roo_ray.run` = 'evaluate/against-a'")
+    for name in ("ne", "auc", "gauc", "calibration", "bayes_ne"):
+        expected = pytest.approx(result.metrics[f"eval/click/{name}"], rel=1e-5)
+        assert evaluated.data.metrics[f"eval/click/{name}"] == expected
+    assert not (folder / "runs/against-a").exists()

@@ -36,9 +36,10 @@ def _train_and_save(rank: int, world: int, folder: str) -> dict[str, Any]:
     return {"saved": saved, "losses": train_steps(model, rank, world, range(3, 6))}
 
 
-def _load_and_train(rank: int, world: int, folder: str) -> dict[str, Any]:
+def _load_and_train(rank: int, world: int, folder: str, again: str) -> dict[str, Any]:
     model = sharded_model()
     state = checkpoint.load(folder, model)
+    checkpoint.save(again, model, state, rank)
     loaded = full_weights(model)
     return {
         "loaded": loaded,
@@ -53,12 +54,18 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     return folder, run_ranks(2, _train_and_save, str(folder))[0]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
 def test_loads_exactly_on_any_world_size_and_continues_the_curve(
-    world: int, saved: tuple[Path, dict[str, Any]]
+    saved: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
+    """From 2 ranks to 2, and from 2 to 1 to 3."""
     folder, reference = saved
-    result = run_ranks(world, _load_and_train, str(folder))[0]
+    loads_and_continues(2, folder, tmp_path / "two", reference)
+    loads_and_continues(1, folder, tmp_path / "one", reference)
+    loads_and_continues(3, tmp_path / "one", tmp_path / "three", reference)
+
+
+def loads_and_continues(world: int, folder: Path, again: Path, reference: dict[str, Any]) -> None:
+    result = run_ranks(world, _load_and_train, str(folder), str(again))[0]
     for name, value in reference["saved"].items():
         torch.testing.assert_close(result["loaded"][name], value, rtol=0, atol=0, msg=name)
     tolerance = {"rtol": 0.0, "atol": 0.0} if world == 2 else {"rtol": 2e-5, "atol": 1e-6}
