@@ -27,7 +27,7 @@ def main() -> None:
 
     say = make_say()
     run_name = config.run_name or f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    with session.connect(config.ray, config.training, say):
+    with session.connect(config.ray, config.training, say, config.ingest.task_labels):
         if not manifest_versions(config.requests) and config.source is not None:
             say(f"no request data set at {config.requests} yet: building it")
             prepare(config, run_name, say, job="train")

@@ -58,11 +58,14 @@ SECONDS_FOR_RESOURCES_TO_COME_BACK = 10.0
 
 @contextmanager
 def connect(
-    settings: RaySettings, training: Training | None = None, say: Callable[[str], None] = lambda line: None
+    settings: RaySettings,
+    training: Training | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    data_labels: Mapping[str, str] | None = None,
 ) -> Iterator[None]:
     """Joins the cluster at ``RAY_ADDRESS`` (a submitted job finds it set), or starts a local Ray on loopback
     for the duration of the block, and checks that the trainers, if any, leave CPUs for Ray Data. ``say`` gets a
-    line before it begins.
+    line before it begins. ``data_labels`` (``ingest.task_labels``): of the nodes on which Ray Data's tasks run.
 
     Raises ClusterError, before anything runs, where they do not fit.
     """
@@ -94,7 +97,7 @@ def connect(
     try:
         gpu = bool(training and training.gpu)
         if address and training and settings.wait_for_nodes_s:
-            wait_for_nodes(settings, workers, gpu, say)
+            wait_for_nodes(settings, workers, gpu, say, data_labels or {})
         require_resources(workers, settings.cpus_per_worker, settings.data_cpus, gpu)
         yield
     finally:
@@ -135,16 +138,17 @@ def require_resources(workers: int, cpus_per_worker: float, data_cpus: float, gp
         time.sleep(0.2)
 
 
-def wait_for_nodes(settings: RaySettings, workers: int, gpu: bool, say: Callable[[str], None]) -> None:
+def wait_for_nodes(
+    settings: RaySettings, workers: int, gpu: bool, say: Callable[[str], None], data_labels: Mapping[str, str]
+) -> None:
     """Asks an autoscaled cluster for what the job needs, and waits until it is there and free.
 
     Asked by a placement group, which ends with this process: a standing request to the autoscaler would outlive a
     killed job, and keep its nodes. Raises ClusterError after ``settings.wait_for_nodes_s``.
     """
-    trainer = {"CPU": settings.cpus_per_worker} | ({"GPU": 1.0} if gpu else {}) | settings.worker_resources
-    bundles = [trainer] * workers + [{"CPU": 1.0}] * math.ceil(settings.data_cpus)
-    labels = [settings.worker_labels] * workers + [{}] * math.ceil(settings.data_cpus)
-    group = placement_group(bundles, bundle_label_selector=labels if settings.worker_labels else None)
+    bundles, labels = bundles_of(settings, workers, gpu, data_labels)
+    trainer = bundles[0]
+    group = placement_group(bundles, bundle_label_selector=labels if any(labels) else None)
     try:
         if group.wait(0.1):
             return
@@ -161,6 +165,16 @@ def wait_for_nodes(settings: RaySettings, workers: int, gpu: bool, say: Callable
             )
     finally:
         remove_placement_group(group)
+
+
+def bundles_of(
+    settings: RaySettings, workers: int, gpu: bool, data_labels: Mapping[str, str]
+) -> tuple[list[dict[str, float]], list[dict[str, str]]]:
+    """The resources of the job's trainers, then of its data tasks, one CPU each; the labels of their nodes."""
+    trainer = {"CPU": settings.cpus_per_worker} | ({"GPU": 1.0} if gpu else {}) | settings.worker_resources
+    data = math.ceil(settings.data_cpus)
+    labels = [dict(settings.worker_labels)] * workers + [dict(data_labels)] * data
+    return [trainer] * workers + [{"CPU": 1.0}] * data, labels
 
 
 def _words(resources: Mapping[str, float]) -> str:

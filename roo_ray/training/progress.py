@@ -11,15 +11,17 @@ from typing import Any
 
 import ray
 
+from roo_ray.redact import redact_text
+
 Say = Callable[[str], None]
 
 
 def make_say(stream: Any = None) -> Say:
-    """A printer of progress lines, each with the seconds since the job began."""
+    """A printer of progress lines, each with the seconds since the job began, without credentials of URIs."""
     begin = time.monotonic()
 
     def say(line: str) -> None:
-        print(f"[{time.monotonic() - begin:6.1f}s] {line}", file=stream or sys.stdout, flush=True)
+        print(f"[{time.monotonic() - begin:6.1f}s] {redact_text(line)}", file=stream or sys.stdout, flush=True)
 
     return say
 
