@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from roo_ray.redact import redact_text
 
@@ -72,8 +73,12 @@ class ProgressBoard:
 
 @contextmanager
 def progress_board(say: Say, every_seconds: float = 0.5) -> Iterator[Any]:
-    """A board whose lines are printed by ``say`` while the block runs; yields the actor handle for workers."""
-    board = ProgressBoard.remote()  # type: ignore[attr-defined]
+    """A board whose lines are printed by ``say`` while the block runs; yields the actor handle for workers.
+
+    It lives on the driver's node: a run must outlive every other one, and asks it at its end how it ended.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ProgressBoard.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     done = threading.Event()
 
     def print_new_lines() -> None:
