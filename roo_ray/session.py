@@ -87,6 +87,7 @@ def connect(
         most = training.most_workers if training else 0
         wanted = math.ceil(most * settings.cpus_per_worker + max(settings.data_cpus, 2))
         ray.init(
+            address="local",  # without it, Ray joins whatever cluster was last started on this machine
             num_cpus=settings.local_cpus or max(os.cpu_count() or 1, wanted),
             include_dashboard=False,
             _node_ip_address="127.0.0.1",

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 from ray.cluster_utils import Cluster
 
 from roo_ray.cluster.grace import GRACE_VARIABLE
@@ -26,19 +27,18 @@ TRAINERS = ["ray.worker_labels={role: trainer}", "tracking.enabled=false"]
 @pytest.fixture(scope="module")
 def three_nodes() -> Iterator[Cluster]:
     """A head with 2 CPUs, and two nodes for trainers with 2 CPUs each."""
-    before = os.environ.get(GRACE_VARIABLE)
-    os.environ[GRACE_VARIABLE] = "60"
     small = {"object_store_memory": 150_000_000, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, connect=False, head_node_args={"num_cpus": 2, **small})
-    try:
-        for _ in range(2):
-            cluster.add_node(num_cpus=2, object_store_memory=150_000_000, labels={"role": "trainer"})
-        yield cluster
-    finally:
-        os.environ.pop(GRACE_VARIABLE)
-        if before is not None:
-            os.environ[GRACE_VARIABLE] = before
-        cluster.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(GRACE_VARIABLE, "60")
+        # it would make this cluster the machine's default one, which any ray.init() without an address joins
+        patch.setattr(ray._private.utils, "write_ray_address", lambda *where: None)
+        cluster = Cluster(initialize_head=True, connect=False, head_node_args={"num_cpus": 2, **small})
+        try:
+            for _ in range(2):
+                cluster.add_node(num_cpus=2, object_store_memory=150_000_000, labels={"role": "trainer"})
+            yield cluster
+        finally:
+            cluster.shutdown()
 
 
 def start(cluster: Cluster, *arguments: str) -> subprocess.Popen[str]:
