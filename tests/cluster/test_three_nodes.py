@@ -84,13 +84,13 @@ def test_preflight_of_a_cluster(three_nodes: Cluster, tmp_path: Path) -> None:
 def test_a_training_run_outlives_a_node(three_nodes: Cluster, tmp_path: Path) -> None:
     options = [*TRAINERS, "training.checkpoint_every_steps=5", "training.max_failures=3", "run_name=node-lost"]
     arguments = ["jobs/train.py", "--config", "configs/demo.yaml", *cli_overrides(tmp_path, *options)]
-    job = start(three_nodes, *arguments, "training.epochs=4")
+    job = start(three_nodes, *arguments, "training.epochs=12")
     lines = []
     try:
         assert job.stdout is not None
         for line in job.stdout:
             lines.append(line)
-            if "step 15 " in line:
+            if "step 10 " in line:
                 three_nodes.remove_node(node_with_a_trainer(three_nodes), allow_graceful=False)
                 break
         code, output = finish(job)
