@@ -33,7 +33,7 @@ def main() -> None:
         for finding in findings:
             print(finding.line(), flush=True)
 
-    with session.connect(config.ray, say=print):
+    with session.connect(config.ray, config.training, print, check="nothing"):
         tracking = (config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")) if config.tracking.enabled else None
         nodes, silent = probe_nodes([config.storage], [config.requests], tracking)
         show([*preflight.check_silent(silent), *preflight.check_versions(nodes)])

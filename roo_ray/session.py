@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from roo_ray.config import RaySettings, Training
 from roo_ray.errors import ClusterError
@@ -58,17 +58,22 @@ SECONDS_FOR_RESOURCES_TO_COME_BACK = 10.0
 
 @contextmanager
 def connect(
-    settings: RaySettings, training: Training | None = None, say: Callable[[str], None] = lambda line: None
+    settings: RaySettings,
+    training: Training | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    data_labels: Mapping[str, str] | None = None,
+    check: Literal["all", "data", "nothing"] = "all",
 ) -> Iterator[None]:
     """Joins the cluster at ``RAY_ADDRESS`` (a submitted job finds it set), or starts a local Ray on loopback
     for the duration of the block, and checks that the trainers, if any, leave CPUs for Ray Data. ``say`` gets a
-    line before it begins.
+    line before it begins. ``data_labels`` (``ingest.task_labels``): of the nodes on which Ray Data's tasks run.
+    ``check``: what must be there at once; with ``data`` the caller asks for the trainers by ``make_ready`` when it
+    needs them.
 
     Raises ClusterError, before anything runs, where they do not fit.
     """
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    workers = training.least_workers if training else 0
     say(f"joining the Ray cluster at {address}" if address else "starting Ray on this machine")
     if address:
         try:
@@ -84,7 +89,7 @@ def connect(
         most = training.most_workers if training else 0
         wanted = math.ceil(most * settings.cpus_per_worker + max(settings.data_cpus, 2))
         ray.init(
-            "local",  # not a head that happens to run on this machine
+            address="local",  # without it, Ray joins whatever cluster was last started on this machine
             num_cpus=settings.local_cpus or max(os.cpu_count() or 1, wanted),
             include_dashboard=False,
             _node_ip_address="127.0.0.1",
@@ -93,13 +98,25 @@ def connect(
         )
     quiet_data_context()
     try:
-        gpu = bool(training and training.gpu)
-        if address and training and settings.wait_for_nodes_s:
-            wait_for_nodes(settings, workers, gpu, say)
-        require_resources(workers, settings.cpus_per_worker, settings.data_cpus, gpu)
+        if check != "nothing":
+            make_ready(settings, training if check == "all" else None, say, data_labels)
         yield
     finally:
         ray.shutdown()
+
+
+def make_ready(
+    settings: RaySettings,
+    training: Training | None,
+    say: Callable[[str], None],
+    data_labels: Mapping[str, str] | None = None,
+) -> None:
+    """Waits for the nodes of the trainers, if any, and of the data tasks, where the cluster is autoscaled
+    (``wait_for_nodes_s``). Raises ClusterError where they do not fit."""
+    workers, gpu = (training.least_workers, training.gpu) if training else (0, False)
+    if "RAY_ADDRESS" in os.environ and settings.wait_for_nodes_s:
+        wait_for_nodes(settings, workers, gpu, say, data_labels or {})
+    require_resources(workers, settings.cpus_per_worker, settings.data_cpus, gpu)
 
 
 def require_resources(workers: int, cpus_per_worker: float, data_cpus: float, gpu: bool) -> None:
@@ -136,32 +153,41 @@ def require_resources(workers: int, cpus_per_worker: float, data_cpus: float, gp
         time.sleep(0.2)
 
 
-def wait_for_nodes(settings: RaySettings, workers: int, gpu: bool, say: Callable[[str], None]) -> None:
+def wait_for_nodes(
+    settings: RaySettings, workers: int, gpu: bool, say: Callable[[str], None], data_labels: Mapping[str, str]
+) -> None:
     """Asks an autoscaled cluster for what the job needs, and waits until it is there and free.
 
     Asked by a placement group, which ends with this process: a standing request to the autoscaler would outlive a
     killed job, and keep its nodes. Raises ClusterError after ``settings.wait_for_nodes_s``.
     """
-    trainer = {"CPU": settings.cpus_per_worker} | ({"GPU": 1.0} if gpu else {}) | settings.worker_resources
-    bundles = [trainer] * workers + [{"CPU": 1.0}] * math.ceil(settings.data_cpus)
-    labels = [settings.worker_labels] * workers + [{}] * math.ceil(settings.data_cpus)
-    group = placement_group(bundles, bundle_label_selector=labels if settings.worker_labels else None)
+    bundles, labels = bundles_of(settings, workers, gpu, data_labels)
+    wanted = f"{workers} x {_words(bundles[0])} for the trainers and " if workers else ""
+    wanted += f"{settings.data_cpus:g} CPUs for data"
+    group = placement_group(bundles, bundle_label_selector=labels if any(labels) else None)
     try:
         if group.wait(0.1):
             return
-        say(
-            f"waiting up to {settings.wait_for_nodes_s:g} s for nodes with {workers} x {_words(trainer)} for the "
-            f"trainers and {settings.data_cpus:g} CPUs for data"
-        )
+        say(f"waiting up to {settings.wait_for_nodes_s:g} s for nodes with {wanted}")
         if not group.wait(settings.wait_for_nodes_s):
             total = {name: n for name, n in ray.cluster_resources().items() if name in ("CPU", "GPU")}
             raise ClusterError(
                 f"after {settings.wait_for_nodes_s:g} s (ray.wait_for_nodes_s) the cluster has {_words(total)}, and "
-                f"not free {workers} x {_words(trainer)} for the trainers and {settings.data_cpus:g} CPUs for data; "
+                f"not free {wanted}; "
                 "see ray status on the head: no node type may fit, max_workers be reached, or the cloud have none"
             )
     finally:
         remove_placement_group(group)
+
+
+def bundles_of(
+    settings: RaySettings, workers: int, gpu: bool, data_labels: Mapping[str, str]
+) -> tuple[list[dict[str, float]], list[dict[str, str]]]:
+    """The resources of the job's trainers, then of its data tasks, one CPU each; the labels of their nodes."""
+    trainer = {"CPU": settings.cpus_per_worker} | ({"GPU": 1.0} if gpu else {}) | settings.worker_resources
+    data = math.ceil(settings.data_cpus)
+    labels = [dict(settings.worker_labels)] * workers + [dict(data_labels)] * data
+    return [trainer] * workers + [{"CPU": 1.0}] * data, labels
 
 
 def _words(resources: Mapping[str, float]) -> str:

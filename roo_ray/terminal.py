@@ -13,6 +13,7 @@ from rich.table import Table
 
 from roo_ray.config import Config, load_config
 from roo_ray.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, BadInput, RooError, Stopped
+from roo_ray.redact import redact_text
 
 
 def job_parser(description: str) -> argparse.ArgumentParser:
@@ -35,17 +36,17 @@ def read_config(options: argparse.Namespace) -> Config:
 
 def run_job(main: Callable[[], None]) -> None:
     """Runs a job and exits: 0 done, 2 bad input, 1 another failure that roo_ray names (the message alone), 143 told
-    to end by SIGTERM, 1 any other failure (with traceback)."""
+    to end by SIGTERM, 1 any other failure (with traceback). Messages are shown without credentials of URIs."""
     try:
         main()
     except BadInput as error:
-        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        print(f"\nerror: {redact_text(str(error))}", file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_INPUT)
     except Stopped as stopped:
-        print(f"\nstopped: {stopped}", file=sys.stderr, flush=True)
+        print(f"\nstopped: {redact_text(str(stopped))}", file=sys.stderr, flush=True)
         sys.exit(EXIT_STOPPED)
     except RooError as error:
-        print(f"\nfailed: {error}", file=sys.stderr, flush=True)
+        print(f"\nfailed: {redact_text(str(error))}", file=sys.stderr, flush=True)
         sys.exit(EXIT_FAILURE)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr, flush=True)
@@ -63,14 +64,14 @@ def human_bytes(count: float) -> str:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
-    """Prints a table: first column left, the others right aligned."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    """Prints a table: first column left, the others right aligned; without credentials that URIs in it carry."""
+    table = Table(title=redact_text(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for position, name in enumerate(header):
         table.add_column(name, justify="left" if position == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(redact_text, row))
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
     console.print()
     console.print(table)
     if note:
-        console.print(note)
+        console.print(redact_text(note))

@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 from mlflow.tracking import MlflowClient
 
 from roo_ray.config import Tracking
+from roo_ray.errors import ConfigError
 from roo_ray.redact import HIDDEN, is_secret, redact, redact_text
-from roo_ray.training.tracking import RunLogger, open_run
+from roo_ray.terminal import print_table, run_job
+from roo_ray.training.progress import make_say
+from roo_ray.training.tracking import RunHandle, RunLogger, open_run, where_to_look
 from tests.cluster.heads import ROOT
 from tests.jobs.small import small_config
 
@@ -68,3 +71,19 @@ def test_servers_listen_on_loopback_unless_told_otherwise() -> None:
     assert '_node_ip_address="127.0.0.1"' in session
     assert "include_dashboard=False" in session
     assert "--host 127.0.0.1" in (ROOT / "Makefile").read_text()
+
+
+def test_what_jobs_print_carries_no_credentials(capsys: pytest.CaptureFixture[str]) -> None:
+    uri = "https://kai:hunter2@mlflow.example?api_key=hunter2"
+
+    def job() -> None:
+        make_say()(f"reads {uri}")
+        print_table(f"Trained {uri}", ["a", "b"], [["checkpoint", uri]], f"Next: --config {uri}")
+        print_table("", ["a"], [["b"]], where_to_look(RunHandle(uri, "run", "7")))
+        raise ConfigError(f"nothing answers at {uri}")
+
+    with pytest.raises(SystemExit):
+        run_job(job)
+    printed = "".join(capsys.readouterr())
+    assert "hunter2" not in printed
+    assert printed.count("mlflow.example") == 6

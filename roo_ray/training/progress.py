@@ -10,16 +10,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from roo_ray.redact import redact_text
 
 Say = Callable[[str], None]
 
 
 def make_say(stream: Any = None) -> Say:
-    """A printer of progress lines, each with the seconds since the job began."""
+    """A printer of progress lines, each with the seconds since the job began, without credentials of URIs."""
     begin = time.monotonic()
 
     def say(line: str) -> None:
-        print(f"[{time.monotonic() - begin:6.1f}s] {line}", file=stream or sys.stdout, flush=True)
+        print(f"[{time.monotonic() - begin:6.1f}s] {redact_text(line)}", file=stream or sys.stdout, flush=True)
 
     return say
 
@@ -71,8 +74,12 @@ class ProgressBoard:
 
 @contextmanager
 def progress_board(say: Say, every_seconds: float = 0.5) -> Iterator[Any]:
-    """A board whose lines are printed by ``say`` while the block runs; yields the actor handle for workers."""
-    board = ProgressBoard.remote()  # type: ignore[attr-defined]
+    """A board whose lines are printed by ``say`` while the block runs; yields the actor handle for workers.
+
+    It lives on the driver's node: a run must outlive every other one, and asks it at its end how it ended.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ProgressBoard.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     done = threading.Event()
 
     def print_new_lines() -> None:

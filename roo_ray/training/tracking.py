@@ -104,7 +104,7 @@ def open_run(
             tags |= {"mlflow.parentRunId": parent.run_id} if parent is not None else {}
             run_id = client.create_run(experiment_id, run_name=run_name, tags=tags).info.run_id
     except MlflowException as error:
-        raise ConfigError(f"MLflow store {uri}: {error}") from None
+        raise ConfigError(redact_text(f"MLflow store {uri}: {error}")) from None
     return RunHandle(uri, run_id, experiment_id)
 
 
@@ -118,8 +118,8 @@ def _require_server(uri: str) -> None:
         socket.create_connection((address.hostname, port), timeout=SERVER_TIMEOUT_S).close()
     except OSError as error:
         raise ConfigError(
-            f"no MLflow server answers at {uri} ({error}); start it, correct tracking.uri or MLFLOW_TRACKING_URI, or "
-            "set tracking.enabled=false"
+            f"no MLflow server answers at {redact_text(uri)} ({error}); start it, correct tracking.uri or "
+            "MLFLOW_TRACKING_URI, or set tracking.enabled=false"
         ) from None
 
 
@@ -247,9 +247,10 @@ class RunLogger:
 
 
 def where_to_look(handle: RunHandle) -> str:
-    """Where a person finds the run."""
+    """Where a person finds the run; without credentials that are in the URI."""
     if handle.uri is None:
         return "tracking is off"
-    if handle.uri.startswith("sqlite:"):
-        return f"run {handle.run_id} in {handle.uri} (make mlflow, or mlflow ui --backend-store-uri {handle.uri})"
-    return f"{handle.uri}/#/experiments/{handle.experiment_id}/runs/{handle.run_id}"
+    uri = redact_text(handle.uri)
+    if uri.startswith("sqlite:"):
+        return f"run {handle.run_id} in {uri} (make mlflow, or mlflow ui --backend-store-uri {uri})"
+    return f"{uri}/#/experiments/{handle.experiment_id}/runs/{handle.run_id}"

@@ -11,8 +11,9 @@ from roo_ray.cluster import preflight
 from roo_ray.cluster.findings import Finding, worst
 from roo_ray.cluster.links import Links
 from roo_ray.cluster.probe import NodeFacts, server_problem, storage_problem, versions
-from roo_ray.config import Config, load_config
+from roo_ray.config import Config, RaySettings, load_config
 from roo_ray.errors import ClusterError
+from roo_ray.session import bundles_of
 from tests.cluster.heads import ROOT, free_port
 
 GB = 10**9
@@ -151,3 +152,10 @@ def test_what_cannot_be_reached_is_said_without_secrets(tmp_path: Any) -> None:
     assert worst(preflight.check_reach([NODE], ["s3://b"])) == "ok"
     assert worst(preflight.check_local_paths([HEAD, NODE], ["/data", "s3://b"])) == "warn"
     assert preflight.check_local_paths([HEAD], ["/data"]) == []
+
+
+def test_what_a_job_asks_an_autoscaler_for() -> None:
+    settings = RaySettings(worker_labels={"role": "trainer"}, worker_resources={"fast": 1}, data_cpus=1.5)
+    bundles, labels = bundles_of(settings, 2, True, {"role": "data"})
+    assert bundles == [{"CPU": 1, "GPU": 1, "fast": 1}] * 2 + [{"CPU": 1}] * 2
+    assert labels == [{"role": "trainer"}] * 2 + [{"role": "data"}] * 2

@@ -13,10 +13,11 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 from ray.cluster_utils import Cluster
 
 from roo_ray.cluster.grace import GRACE_VARIABLE
-from roo_ray.errors import EXIT_BAD_INPUT, EXIT_OK
+from roo_ray.errors import EXIT_OK
 from tests.cluster.heads import ROOT
 from tests.jobs.small import cli_overrides
 
@@ -26,19 +27,18 @@ TRAINERS = ["ray.worker_labels={role: trainer}", "tracking.enabled=false"]
 @pytest.fixture(scope="module")
 def three_nodes() -> Iterator[Cluster]:
     """A head with 2 CPUs, and two nodes for trainers with 2 CPUs each."""
-    before = os.environ.get(GRACE_VARIABLE)
-    os.environ[GRACE_VARIABLE] = "60"
     small = {"object_store_memory": 150_000_000, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, connect=False, head_node_args={"num_cpus": 2, **small})
-    try:
-        for _ in range(2):
-            cluster.add_node(num_cpus=2, object_store_memory=150_000_000, labels={"role": "trainer"})
-        yield cluster
-    finally:
-        os.environ.pop(GRACE_VARIABLE)
-        if before is not None:
-            os.environ[GRACE_VARIABLE] = before
-        cluster.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(GRACE_VARIABLE, "60")
+        # it would make this cluster the machine's default one, which any ray.init() without an address joins
+        patch.setattr(ray._private.utils, "write_ray_address", lambda *where: None)
+        cluster = Cluster(initialize_head=True, connect=False, head_node_args={"num_cpus": 2, **small})
+        try:
+            for _ in range(2):
+                cluster.add_node(num_cpus=2, object_store_memory=150_000_000, labels={"role": "trainer"})
+            yield cluster
+        finally:
+            cluster.shutdown()
 
 
 def start(cluster: Cluster, *arguments: str) -> subprocess.Popen[str]:
@@ -81,29 +81,16 @@ def test_preflight_of_a_cluster(three_nodes: Cluster, tmp_path: Path) -> None:
     assert not list((tmp_path / "runs").iterdir())  # what it wrote it took away
 
 
-def test_preflight_says_what_is_missing(three_nodes: Cluster, tmp_path: Path) -> None:
-    (tmp_path / "runs").write_text("a file where the runs' folder should be")
-    wrong = ["training.workers=4", "ray.cpus_per_worker=2", "tracking.uri=http://127.0.0.1:9"]
-    arguments = ["jobs/preflight.py", "--config", "configs/demo.yaml", *cli_overrides(tmp_path, *wrong)]
-    code, output = finish(start(three_nodes, *arguments))
-    assert code == EXIT_BAD_INPUT, output[-3000:]
-    assert "Traceback" not in output
-    assert "fail  places           room for 3 of 4 workers" in output
-    assert "the cluster has 6 CPUs, and the job needs 9" in output
-    assert output.count(f"cannot use {tmp_path}/runs") == 3
-    assert output.count("cannot use http://127.0.0.1:9") == 3
-
-
 def test_a_training_run_outlives_a_node(three_nodes: Cluster, tmp_path: Path) -> None:
     options = [*TRAINERS, "training.checkpoint_every_steps=5", "training.max_failures=3", "run_name=node-lost"]
     arguments = ["jobs/train.py", "--config", "configs/demo.yaml", *cli_overrides(tmp_path, *options)]
-    job = start(three_nodes, *arguments, "training.epochs=4")
+    job = start(three_nodes, *arguments, "training.epochs=12")
     lines = []
     try:
         assert job.stdout is not None
         for line in job.stdout:
             lines.append(line)
-            if "step 15 " in line:
+            if "step 10 " in line:
                 three_nodes.remove_node(node_with_a_trainer(three_nodes), allow_graceful=False)
                 break
         code, output = finish(job)
