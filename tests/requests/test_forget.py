@@ -297,7 +297,7 @@ def test_the_report_of_the_version_before_shows_no_row() -> None:
         version=3, schema_yaml="", schema_digest="", files=[shard_of(9, 30), shard_of(5, 10)], report=report
     )
     left = some.model_copy(update={"version": 4, "files": some.files[:1]})
-    left.report = carried_report(some, left, 2)
+    left = left.model_copy(update={"report": carried_report(some, left, 2)})
     assert "user=7" not in str(left.report)
     assert [(check["found"], check["looked_at"]) for check in left.report["checks"]] == [(2, 9)]
     assert all(check["carried_over"] for check in left.report["checks"])
