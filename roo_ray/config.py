@@ -54,7 +54,7 @@ class Build(Strict):
     impression-level form sorted by request are measured on all rows (``full``), on a sample of the shards (``sample``)
     or not (``off``).
     ``orphan_hours``: on object stores a build removes files older than that which no version names (a killed build
-    left them); no build may last longer. Locally they go at once.
+    left them) and that are not of a build at work. Locally they go at once.
 
     What happens where a check fails (docs/data.md); all is counted in the manifest and its report:
     ``on_request_conflict``: a request-only column varies within a request: ``fail``, or keep the ``first`` /

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,7 +30,6 @@ from roo_ray.requests.stages import aside_folder
 from roo_ray.requests.tasks import Say, run_tasks
 from roo_ray.requests.users import read_users, user_type
 from roo_ray.requests.versions import (
-    STAGING,
     NextVersion,
     discard,
     finish_purge,
@@ -42,10 +40,11 @@ from roo_ray.requests.versions import (
     remove_folder,
     remove_if_empty,
     remove_strays,
+    staging_folder,
 )
 from roo_ray.schema import Schema
 from roo_ray.sources.base import open_parquet
-from roo_ray.storage import join_path, open_filesystem
+from roo_ray.storage import open_filesystem
 
 LISTED = 20
 FILES_A_TASK = 32
@@ -121,7 +120,7 @@ def forget_users(data_set: str, given: str, build: Build, progress: Say) -> Forg
             options=write_options(build),
             users=users,
             version=version,
-            staging=join_path(data_set, STAGING, uuid.uuid4().hex[:12]),
+            staging=staging_folder(data_set, version),
         )
         filesystem, staging = open_filesystem(plan.staging)
         published = False
@@ -226,9 +225,10 @@ def _forget(
         "files": files,
         "aside": aside,
     }
-    changes["report"] = carried_report(current.report, current.version)
     accounts = _accounts(plan, current, files, list(shards), results, aside)
     manifest = current.model_copy(update=changes | accounts)
+    theirs = {user for file in current.files for user in held[file.path].users.tolist()}
+    manifest = manifest.model_copy(update={"report": carried_report(current, manifest, len(theirs))})
     return manifest, replace(
         report,
         version=manifest.version,
@@ -242,13 +242,23 @@ def _forget(
     )
 
 
-def carried_report(report: Mapping[str, Any], version: int) -> dict[str, Any]:
-    """The validation report of the version before, and which version it is of (``of_version``): the checks looked at
-    its rows. Without the offenders that it shows, which may be rows of those who are forgotten."""
-    if not report:
+def carried_report(before: Manifest, after: Manifest, users: int) -> dict[str, Any]:
+    """The validation report of a version that is ``before`` without so many users: its own requests and impressions
+    and those that are gone, and the checks of the version that was checked (``of_version``), each marked as
+    ``carried_over``, for they looked at its rows. Without the offenders that those show, which may be rows of those
+    who are forgotten."""
+    if not before.report:
         return {}
-    checks = [check | {"first": "", "message": ""} for check in report["checks"]]
-    return {"of_version": version, **report, "checks": checks}
+    own = {
+        "version": after.version,
+        "requests": after.requests,
+        "impressions": after.impressions,
+        "users_removed": users,
+        "requests_removed": before.requests - after.requests,
+        "impressions_removed": before.impressions - after.impressions,
+    }
+    checks = [check | {"first": "", "message": "", "carried_over": True} for check in before.report["checks"]]
+    return {"of_version": before.version, **before.report, **own, "checks": checks}
 
 
 def rewrite_files(plan: ForgetPlan, files: Sequence[ShardFile]) -> Rewritten:

@@ -7,7 +7,6 @@ that fails leaves nothing: readers see the version before it, or no data set.
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -60,7 +59,6 @@ from roo_ray.requests.tasks import Say, run_tasks
 from roo_ray.requests.two_days import TwoDays, find_two_days, two_days
 from roo_ray.requests.uniqueness import ranges_for, refuse_repeated_keys, repeated_hashes, stage_kept_hashes
 from roo_ray.requests.versions import (
-    STAGING,
     discard,
     is_local,
     new_origin,
@@ -69,11 +67,12 @@ from roo_ray.requests.versions import (
     remove_if_empty,
     remove_orphans,
     remove_strays,
+    staging_folder,
 )
 from roo_ray.sources import open_source
 from roo_ray.sources.base import JoinedSource, KeyedSource, ReadUnit
 from roo_ray.sources.times import day_name
-from roo_ray.storage import join_path, open_filesystem, without_secrets
+from roo_ray.storage import open_filesystem, without_secrets
 
 MOST_BUCKETS = 4096
 COUNTED_HERE = 4_000_000
@@ -103,7 +102,7 @@ def build_requests(config: Config, progress: Say) -> Manifest:
             schema=config.request_schema,
             build=config.build,
             kind=units[0].kind,
-            staging=join_path(config.requests, STAGING, uuid.uuid4().hex[:12]),
+            staging=staging_folder(config.requests, version),
             data_set=config.requests,
             version=version.number,
             token=version.token,

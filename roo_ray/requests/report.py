@@ -140,9 +140,10 @@ def _rule(finding: Finding) -> str:
 
 def report_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]], str]:
     """(header, rows, note) of text: a row for each check that found something or was broken; checks that passed
-    are summed up, one row a check."""
+    are summed up, one row a check. Of a version whose users were forgotten (``forget.carried_report``) its own
+    numbers come first, and the checks are said to be of the version before."""
     header = ["check", "of", "looked at", "found", "rule", "status", "first"]
-    rows = []
+    rows = [_removed(report, of) for of in ("requests", "impressions") if "of_version" in report]
     passed: dict[str, list[Mapping[str, Any]]] = {}
     for check in report.get("checks", []):
         if check["status"] == "passed":
@@ -154,8 +155,16 @@ def report_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]],
             same = passed.pop(check["check"])
             subject = check["subject"] if len(same) == 1 else f"{len(same)} columns"
             rows.append(_row(check | {"looked_at": sum(item["looked_at"] for item in same)}, subject))
-    note = f"{len(report.get('checks', []))} checks: {report.get('status', 'no report')}"
+    whose = f" of version {report['of_version']}, before users were forgotten" if "of_version" in report else ""
+    note = f"{len(report.get('checks', []))} checks{whose}: {report.get('status', 'no report')}"
     return header, rows, note
+
+
+def _removed(report: Mapping[str, Any], of: str) -> list[str]:
+    """The row of what a version has lost to forgetting; its ``looked at`` is what both have."""
+    gone, left = report.get(f"{of}_removed", 0), report.get(of, 0)
+    users = f"{left:,} {of} are left; of {report.get('users_removed', 0):,} users"
+    return ["forgotten users (all)", of, f"{gone + left:,}", f"{gone:,}", "forget", "removed", users]
 
 
 def _row(check: Mapping[str, Any], subject: str) -> list[str]:
@@ -165,6 +174,7 @@ def _row(check: Mapping[str, Any], subject: str) -> list[str]:
         f"{check['looked_at']:,}",
         f"{check['found']:,}",
         check["rule"],
-        check["status"].upper() if check["status"] == "failed" else check["status"],
+        (check["status"].upper() if check["status"] == "failed" else check["status"])
+        + (" before" if check.get("carried_over") else ""),
         check["first"],
     ]

@@ -14,6 +14,7 @@ import pyarrow.fs as pafs
 
 from roo_ray import __version__
 from roo_ray.errors import DataError
+from roo_ray.requests.alive import at_work, belongs_to, writers_at_work
 from roo_ray.requests.manifest import (
     MANIFESTS,
     Manifest,
@@ -26,7 +27,7 @@ from roo_ray.requests.manifest import (
 )
 from roo_ray.requests.shards import DATA, version_folder
 from roo_ray.requests.stages import ASIDE
-from roo_ray.storage import open_filesystem
+from roo_ray.storage import join_path, open_filesystem
 
 STAGING = "_staging"
 DATA_PARTS = (DATA, ASIDE)
@@ -72,7 +73,9 @@ def only_writer(data_set: str, resume: bool = True) -> Iterator[NextVersion]:
     if not isinstance(filesystem, pafs.LocalFileSystem):
         if resume:
             finish_purge(data_set)
-        yield NextVersion(max(manifest_versions(data_set), default=0) + 1, uuid.uuid4().hex[:8])
+        token = uuid.uuid4().hex[:8]
+        with at_work(data_set, token):
+            yield NextVersion(max(manifest_versions(data_set), default=0) + 1, token)
         return
     os.makedirs(base, exist_ok=True)
     folder = os.open(base, os.O_RDONLY)
@@ -172,6 +175,11 @@ def finish_purge(data_set: str) -> list[str]:
     return deleted
 
 
+def staging_folder(data_set: str, version: NextVersion) -> str:
+    """The folder, of its own, of a writer's files between the stages."""
+    return join_path(data_set, STAGING, f"{uuid.uuid4().hex[:12]}{version.token}")
+
+
 # ---- clean-up ------------------------------------------------------------------------------------
 
 
@@ -187,8 +195,9 @@ def discard(data_set: str, version: NextVersion) -> None:
 def remove_orphans(data_set: str, seconds: float) -> int:
     """Removes the files that killed writers left on an object store, where no lock tells a killed writer from one at
     work: files between stages, data and rows kept aside that no version names, last written more than ``seconds``
-    ago. Returns how many. A build must not last longer than that."""
+    ago, and of no writer that is at work (``alive``). Returns how many."""
     filesystem, base = open_filesystem(data_set)
+    alive = writers_at_work(data_set)  # before the listing: what a writer begins later is too young
     old: list[str] = []
     before = datetime.datetime.now(datetime.timezone.utc).timestamp() - seconds
     for part in (STAGING, *DATA_PARTS):
@@ -200,7 +209,7 @@ def remove_orphans(data_set: str, seconds: float) -> int:
     # read after the listing: what was published in between is named here
     versions = [read_version(data_set, version) for version in manifest_versions(data_set)]
     named = {path for item in versions for path in (named_files(item) if isinstance(item, Manifest) else item.files)}
-    orphans = [path for path in old if path[len(base) + 1 :] not in named]
+    orphans = [path for path in old if (own := path[len(base) + 1 :]) not in named and not belongs_to(own, alive)]
     for path in orphans:
         filesystem.delete_file(path)
     return len(orphans)

@@ -20,7 +20,15 @@ from roo_ray.ingest.stream import StreamSettings
 from roo_ray.requests import forget as forget_module
 from roo_ray.requests.forget import ForgetReport, carried_report, forget_users, resume_purge
 from roo_ray.requests.grouping import explode_requests, group_impressions
-from roo_ray.requests.manifest import AsideRows, Manifest, Tombstone, load_manifest, manifest_versions, read_version
+from roo_ray.requests.manifest import (
+    AsideRows,
+    Manifest,
+    ShardFile,
+    Tombstone,
+    load_manifest,
+    manifest_versions,
+    read_version,
+)
 from roo_ray.requests.report import Finding, report_json, report_table
 from roo_ray.requests.scan import find_users
 from roo_ray.requests.users import read_users
@@ -285,9 +293,32 @@ def test_the_report_of_the_version_before_shows_no_row() -> None:
     )
     report = report_json([finding])
     assert "user=7" in str(report)
-    carried = carried_report(report, 3)
-    assert "user=7" not in str(carried)
-    assert [(check["found"], check["looked_at"]) for check in carried["checks"]] == [(2, 9)]
-    assert carried_report(carried, 4)["of_version"] == 3  # forgotten again: still of the version that was checked
-    assert report_table(carried)
-    assert carried_report({}, 3) == {}
+    some = Manifest(
+        version=3, schema_yaml="", schema_digest="", files=[shard_of(9, 30), shard_of(5, 10)], report=report
+    )
+    left = some.model_copy(update={"version": 4, "files": some.files[:1]})
+    left = left.model_copy(update={"report": carried_report(some, left, 2)})
+    assert "user=7" not in str(left.report)
+    assert [(check["found"], check["looked_at"]) for check in left.report["checks"]] == [(2, 9)]
+    assert all(check["carried_over"] for check in left.report["checks"])
+    numbers = {"version": 4, "requests": 9, "impressions": 30, "users_removed": 2, "requests_removed": 5}
+    assert left.report | numbers == left.report
+    _, rows, note = report_table(left.report)
+    assert [row[:6] for row in rows] == [
+        ["forgotten users (all)", "requests", "14", "5", "forget", "removed"],
+        ["forgotten users (all)", "impressions", "40", "10", "forget", "removed"],
+        ["empty history (history)", "requests", "9", "2", "count", "counted before"],
+    ]
+    assert note == "1 checks of version 3, before users were forgotten: passed with remarks"
+    again = carried_report(left, left.model_copy(update={"version": 5, "files": []}), 1)
+    assert (again["of_version"], again["version"]) == (3, 5)  # forgotten again: still of the version that was checked
+    assert (again["requests"], again["requests_removed"], again["users_removed"]) == (0, 9, 1)
+    assert carried_report(some.model_copy(update={"report": {}}), left, 2) == {}
+
+
+def shard_of(requests: int, impressions: int) -> ShardFile:
+    """A file of a manifest that nobody opens."""
+    return ShardFile(
+        path=f"{requests}", day="2023-02-27", requests=requests, impressions=impressions, tokens=0, bytes=0,
+        time_min=0, time_max=0, units=[],
+    )  # fmt: skip

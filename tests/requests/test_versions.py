@@ -15,7 +15,8 @@ from moto.server import ThreadedMotoServer
 
 from roo_ray.config import Build
 from roo_ray.errors import DataError
-from roo_ray.requests import claims
+from roo_ray.requests import alive, claims
+from roo_ray.requests.alive import at_work, belongs_to, writers_at_work
 from roo_ray.requests.forget import forget_users
 from roo_ray.requests.grouping import explode_requests
 from roo_ray.requests.manifest import (
@@ -27,7 +28,8 @@ from roo_ray.requests.manifest import (
     publish_manifest,
     read_version,
 )
-from roo_ray.requests.versions import only_writer, remove_orphans
+from roo_ray.requests.shards import version_folder
+from roo_ray.requests.versions import only_writer, remove_orphans, staging_folder
 from roo_ray.storage import open_filesystem
 from tests.requests.data_sets import files_below, publish, read_all
 from tests.requests.tables import canonical, impression_row, request_row, small_schema, table_of
@@ -228,7 +230,9 @@ def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["local", "s3"])
-def test_what_killed_builds_left_goes_after_a_while(where: str, bucket: str, tmp_path: Path) -> None:
+def test_what_killed_builds_left_goes_after_a_while(
+    where: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data_set = str(tmp_path / "set") if where == "local" else bucket.format(path="/orphans")
     filesystem, base = open_filesystem(data_set)
 
@@ -239,14 +243,41 @@ def test_what_killed_builds_left_goes_after_a_while(where: str, bucket: str, tmp
     manifests = [publish(data_set, table_of(ROWS), SCHEMA, version=version) for version in (1, 2)]
     before = there()
     left = ["data/v000003-dead/day=2023-02-27/part-0.parquet", "aside/v000003-dead/late/part-0.parquet",
-            "_staging/dead/copies-000000.arrow", "data/v000001/day=2023-02-27/unnamed.parquet"]  # fmt: skip
+            "_staging/0123dead/copies-000000.arrow", "data/v000001/day=2023-02-27/unnamed.parquet"]  # fmt: skip
     for path in left:
         filesystem.create_dir(f"{base}/{path.rpartition('/')[0]}", recursive=True)
         with filesystem.open_output_stream(f"{base}/{path}") as stream:
             stream.write(b"half")
-    assert remove_orphans(data_set, 3600) == 0  # a build may be at work
+    assert remove_orphans(data_set, 3600) == 0  # too young
+    with at_work(data_set, "dead"):  # whose files they are
+        assert remove_orphans(data_set, -5) == 1
+        filesystem.open_output_stream(f"{base}/{left[-1]}").close()
+        monkeypatch.setattr(alive, "DEAD_SECONDS", 0.0)
+        assert writers_at_work(data_set) == set()  # no sign of it for long
     assert len(there()) == len(before) + len(left)
     assert remove_orphans(data_set, -5) == len(left)
     assert there() == before
     assert all(read_all(data_set, manifest).num_rows == 12 for manifest in manifests)
     assert remove_orphans(str(tmp_path / "not there"), 0) == 0
+
+
+def test_a_writer_gives_signs_of_life(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as it is at work, and not longer; its folders bear its token."""
+    monkeypatch.setattr(alive, "RENEW_SECONDS", 0.05)
+    data_set = bucket.format(path="/alive")
+    filesystem, base = open_filesystem(data_set)
+    with only_writer(data_set) as version:
+        assert writers_at_work(data_set) == {version.token}
+        filesystem.delete_file(f"{base}/_writers/{version.token}")
+        until = time.monotonic() + 20
+        while writers_at_work(data_set) != {version.token} and time.monotonic() < until:
+            time.sleep(0.05)
+        assert writers_at_work(data_set) == {version.token}
+        for folder in (
+            open_filesystem(staging_folder(data_set, version))[1],
+            version_folder(version.number, version.token),
+        ):
+            name = folder.rpartition("/")[2]
+            assert belongs_to(f"any/{name}/file", {version.token})
+            assert not belongs_to(f"any/{name}/file", {"other"})
+    assert writers_at_work(data_set) == set()
