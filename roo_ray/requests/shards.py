@@ -261,6 +261,8 @@ def _file_bounds(sizes: Ints, bounds: Ints, files: float) -> list[tuple[int, int
     """(first, last) positions in ``bounds`` of each file, for about so many files of about equal bytes."""
     sums = np.cumsum(sizes)[bounds[1:] - 1]  # (groups,) bytes up to the end of each row group
     count = max(1, min(len(sums), round(files)))
+    if count == len(sums):  # groups of unequal bytes would not fall into files of one group each by themselves
+        return list(pairwise(range(count + 1)))
     ends = np.searchsorted(sums, sums[-1] * np.arange(1, count) / count) + 1
     cuts = np.unique(np.concatenate([[0], ends, [len(sums)]]))
     return [(int(first), int(last)) for first, last in pairwise(cuts)]
