@@ -52,7 +52,7 @@ def fake_autoscaler(node_types: dict[str, Any], port: int) -> dict[str, Any]:
     return {
         "cluster_name": "fake",
         "max_workers": 4,
-        "idle_timeout_minutes": 0.05,
+        "idle_timeout_minutes": 0.2,  # longer than a job takes from waiting for nodes to using them
         "provider": {
             "type": "external",
             "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
