@@ -166,7 +166,7 @@ def wait_for_nodes(
     wanted += f"{settings.data_cpus:g} CPUs for data"
     group = placement_group(bundles, bundle_label_selector=labels if any(labels) else None)
     try:
-        if group.wait(0.1):
+        if group.wait(1):
             return
         say(f"waiting up to {settings.wait_for_nodes_s:g} s for nodes with {wanted}")
         if not group.wait(settings.wait_for_nodes_s):

@@ -52,7 +52,7 @@ def fake_autoscaler(node_types: dict[str, Any], port: int) -> dict[str, Any]:
     return {
         "cluster_name": "fake",
         "max_workers": 4,
-        "idle_timeout_minutes": 0.05,
+        "idle_timeout_minutes": 0.2,  # longer than a job takes from waiting for nodes to using them
         "provider": {
             "type": "external",
             "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
@@ -86,6 +86,8 @@ def ray_head(cpus: int, env: dict[str, str] | None = None, node_types: dict[str,
         config.write_text(yaml.safe_dump(fake_autoscaler(node_types, port)))
         command.append(f"--autoscaling-config={config}")
         env |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1"}
+        # by it the autoscaler knows the head as its own; until the head runs it launches nothing
+        env["RAY_CLOUD_INSTANCE_ID"] = HEAD_NODE_ID
     log = folder / "head.log"
     with log.open("w") as stream:
         head = subprocess.Popen(command, env=env, stdout=stream, stderr=stream, start_new_session=True)

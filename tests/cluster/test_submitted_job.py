@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -76,7 +78,8 @@ def test_a_submitted_run_scales_up_stops_with_a_checkpoint_and_goes_on(head: Hea
     until("the run trains on nodes that were not there", trains, 200)
     assert trainer_nodes(client) == 2
     log = client.get_job_logs("first")
-    assert "waiting up to 200 s for nodes" in log
+    built, waited = log.index("all accounted for"), log.index("for nodes with 2 x 1 CPU for the trainers")
+    assert built < waited  # no node idles while the data is built
 
     assert ray_cli("job", "stop", "--address", head.jobs, "first").returncode == 0
     log = client.get_job_logs("first")
@@ -89,7 +92,12 @@ def test_a_submitted_run_scales_up_stops_with_a_checkpoint_and_goes_on(head: Hea
     assert step >= 15  # there was no other checkpoint: this is the one of the stop
     assert not (tmp_path / "runs/submitted/roo_ray_result.json").exists()
 
-    submit(head, "second", *arguments, f"training.epochs={state.epoch + 1}")
+    def submit_too(name: str, *entrypoint: str) -> None:
+        command = shlex.join([sys.executable, *entrypoint])  # as the command line does it, sooner
+        client.submit_job(entrypoint=command, submission_id=name, runtime_env={"working_dir": str(ROOT)})
+
+    submit_too("wrong", "jobs/train.py", "--config", uri, "training.epoch=1")
+    submit_too("second", *arguments, f"training.epochs={state.epoch + 1}")
     done = [JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED]
     until("the run goes on to its end", lambda: client.get_job_status("second") in done)
     log = client.get_job_logs("second")
@@ -100,7 +108,6 @@ def test_a_submitted_run_scales_up_stops_with_a_checkpoint_and_goes_on(head: Hea
     assert manifest_versions(str(tmp_path / "requests")) == [1]
     assert manifest_requests == 900
 
-    submit(head, "wrong", "jobs/train.py", "--config", uri, "training.epoch=1")
     until("the wrong config is refused", lambda: client.get_job_status("wrong") == JobStatus.FAILED)
     assert client.get_job_info("wrong").driver_exit_code == EXIT_BAD_INPUT
     assert "training.epoch: unknown key" in client.get_job_logs("wrong")
