@@ -122,7 +122,7 @@ def test_the_shape_of_a_run_on_real_shards(tmp_path: Path) -> None:
     write_data_set(tmp_path / "requests", random_rows(counts, 3, days=4), schema, row_group=20, file_rows=100)
     manifest = load_manifest(str(tmp_path / "requests"))
     content = {"name": "sized", "schema": "schema.yaml", "requests": f"{tmp_path}/requests"}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content | {"ingest": {"batch_impressions": 40}}))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content | {"ingest": {"batch_impressions": 40, "lanes": 4}}))
     config = load_config(tmp_path / "config.yaml")
     shape = shape_of(config, manifest)
     trained = sum(file.requests for file in manifest.files if file.day != manifest.days[-1])
