@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check mlflow clean
+.PHONY: setup demo test test-slow check mlflow clean
 
 setup: $(STAMP)
 
@@ -17,7 +17,10 @@ demo: $(STAMP)
 	$(BIN)/python jobs/demo.py --config configs/demo.yaml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -126,6 +126,7 @@ def compare_forms(
         with never_fatal("the pictures", say), tempfile.TemporaryDirectory() as folder:
             comparison_pictures(Path(folder), same_data, same_time, tasks[0], limit)
             logger.folder(folder, PICTURES)
+            logger.flush()  # before the folder goes
         succeeded = True
     finally:
         logger.end(succeeded)

@@ -8,7 +8,8 @@ from typing import Any
 from mlflow.tracking import MlflowClient
 
 # The parts of a step by the metric that holds their milliseconds, where the worker logs the split.
-STEP_PARTS = "train/step_"
+STEP_PARTS = "step/"
+NO_PARTS = {"step/total_ms", "step/host_to_device_ms"}  # the sum; beside the step before
 FORMS = ("request", "impression")
 
 
@@ -60,11 +61,11 @@ def baseline_run(client: MlflowClient, run: Any) -> tuple[str, str] | None:
 
 
 def step_milliseconds(client: MlflowClient, run: Any) -> dict[str, float]:
-    """Part of a step -> mean milliseconds: those logged as ``train/step_<part>_ms``, else the wait for data (or the
+    """Part of a step -> mean milliseconds: those logged as ``step/<part>_ms``, else the wait for data (or the
     rest) from the totals. Empty where nothing is known."""
     means = {}
     for name in run.data.metrics:
-        if name.startswith(STEP_PARTS) and name.endswith("_ms") and name != f"{STEP_PARTS}ms":
+        if name.startswith(STEP_PARTS) and name.endswith("_ms") and name not in NO_PARTS:
             values = list(_by_step(client, run.info.run_id, name).values())
             means[name.removeprefix(STEP_PARTS).removesuffix("_ms").replace("_", " ")] = sum(values) / len(values)
     if means:

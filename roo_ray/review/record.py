@@ -139,7 +139,7 @@ def data_pictures(config: Config, manifest: Manifest, run: RunHandle, folder: Pa
     logger = RunLogger(run)
     ratios = training_ratios(sample, schema, config.model)
     logger.metrics({f"data/{name}": value for name, value in ratios.items()})
-    logger.flush()
+    logger.close()
 
 
 def curve_pictures(run: RunHandle, folder: Path) -> None:
@@ -200,4 +200,6 @@ def _pictures(config: Config, manifest: Manifest, run: RunHandle, say: Say, trai
             with never_fatal("the training's pictures", say):
                 curve_pictures(run, folder)
         with never_fatal("the pictures", say):
-            RunLogger(run).folder(folder, PICTURES)
+            logger = RunLogger(run)
+            logger.folder(folder, PICTURES)
+            logger.close()  # before the folder goes

@@ -50,6 +50,14 @@ def until(what: str, question: Callable[[], Any], seconds: float = 150) -> Any:
     raise AssertionError(f"not within {seconds} s: {what}")
 
 
+def job_client(head: Head) -> JobSubmissionClient | None:
+    """A client of the head's job server, once it answers."""
+    try:
+        return JobSubmissionClient(head.jobs)
+    except ConnectionError:
+        return None
+
+
 def trainer_nodes(client: JobSubmissionClient) -> int:
     """Alive nodes of the autoscaled type, from the dashboard's API."""
     answer = client._do_request("GET", "/api/v0/nodes").json()
@@ -57,6 +65,7 @@ def trainer_nodes(client: JobSubmissionClient) -> int:
     return sum(node["state"] == "ALIVE" and node["labels"].get("role") == "trainer" for node in nodes)
 
 
+@pytest.mark.slow
 def test_a_submitted_run_scales_up_stops_with_a_checkpoint_and_goes_on(head: Head, tmp_path: Path) -> None:
     config = yaml.safe_load((ROOT / "configs/demo.yaml").read_text())
     (tmp_path / "schema.yaml").write_text((ROOT / "configs" / config["schema"]).read_text())
@@ -66,8 +75,19 @@ def test_a_submitted_run_scales_up_stops_with_a_checkpoint_and_goes_on(head: Hea
     arguments = ["jobs/train.py", "--config", uri, *cli_overrides(tmp_path, *PLACING, "run_name=submitted")]
     arguments += ["training.checkpoint_every_steps=1000000", "tracking.enabled=false"]
 
+    client = until("the job server answers", lambda: job_client(head))
+    done = [JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED]
+
+    def submit_too(name: str, *entrypoint: str) -> None:
+        command = shlex.join([sys.executable, *entrypoint])  # as the command line does it, sooner
+        client.submit_job(entrypoint=command, submission_id=name, runtime_env={"working_dir": str(ROOT)})
+
+    # the provider's nodes share one folder for working directories: a worker of one would read what another unpacks
+    submit_too("unpacks", "-c", "import roo_ray")
+    until("the working directory is unpacked", lambda: client.get_job_status("unpacks") in done)
+    assert client.get_job_status("unpacks") == JobStatus.SUCCEEDED
+
     submit(head, "first", *arguments, "training.epochs=500")
-    client = JobSubmissionClient(head.jobs)
     assert trainer_nodes(client) == 0
 
     def trains() -> bool:
@@ -92,13 +112,8 @@ def test_a_submitted_run_scales_up_stops_with_a_checkpoint_and_goes_on(head: Hea
     assert step >= 15  # there was no other checkpoint: this is the one of the stop
     assert not (tmp_path / "runs/submitted/roo_ray_result.json").exists()
 
-    def submit_too(name: str, *entrypoint: str) -> None:
-        command = shlex.join([sys.executable, *entrypoint])  # as the command line does it, sooner
-        client.submit_job(entrypoint=command, submission_id=name, runtime_env={"working_dir": str(ROOT)})
-
     submit_too("wrong", "jobs/train.py", "--config", uri, "training.epoch=1")
     submit_too("second", *arguments, f"training.epochs={state.epoch + 1}")
-    done = [JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED]
     until("the run goes on to its end", lambda: client.get_job_status("second") in done)
     log = client.get_job_logs("second")
     assert client.get_job_status("second") == JobStatus.SUCCEEDED, log[-3000:]

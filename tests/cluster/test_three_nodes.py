@@ -66,6 +66,7 @@ def node_with_a_trainer(cluster: Cluster) -> Any:
     raise AssertionError("no trainer runs on a worker node")
 
 
+@pytest.mark.slow
 def test_preflight_of_a_cluster(three_nodes: Cluster, tmp_path: Path) -> None:
     arguments = ["jobs/preflight.py", "--config", "configs/demo.yaml", *cli_overrides(tmp_path), *TRAINERS]
     code, output = finish(start(three_nodes, *arguments))
@@ -81,6 +82,7 @@ def test_preflight_of_a_cluster(three_nodes: Cluster, tmp_path: Path) -> None:
     assert not list((tmp_path / "runs").iterdir())  # what it wrote it took away
 
 
+@pytest.mark.slow
 def test_a_training_run_outlives_a_node(three_nodes: Cluster, tmp_path: Path) -> None:
     options = [*TRAINERS, "training.checkpoint_every_steps=5", "training.max_failures=3", "run_name=node-lost"]
     arguments = ["jobs/train.py", "--config", "configs/demo.yaml", *cli_overrides(tmp_path, *options)]

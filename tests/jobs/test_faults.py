@@ -8,6 +8,7 @@ import re
 import signal
 from pathlib import Path
 
+import pytest
 import torch
 from mlflow.tracking import MlflowClient
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -46,6 +47,7 @@ def tensors(checkpoint: str, folder: Path) -> dict[str, torch.Tensor]:
     return flat
 
 
+@pytest.mark.slow
 def test_workers_killed_at_random_steps_change_nothing(local_ray: None, tmp_path: Path) -> None:
     config = small_config(tmp_path, *SETTINGS)
     prepare(config, "build", quiet)

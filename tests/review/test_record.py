@@ -76,6 +76,9 @@ def test_a_run_is_completed(config: Config, folder: Path) -> None:
     assert step_milliseconds(client, found) == pytest.approx(
         {"waiting for data": 50.0, "computing and communicating": 150.0}
     )
+    for name, value in (("forward", 3.0), ("total", 9.0), ("forward", 5.0)):  # as training.timing names them
+        client.log_metric(run.run_id, f"step/{name}_ms", value, step=int(value))
+    assert step_milliseconds(client, client.get_run(run.run_id)) == {"forward": 4.0}
 
 
 def test_what_cannot_be_made_is_said_and_not_raised(config: Config, folder: Path) -> None:
