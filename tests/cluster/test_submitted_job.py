@@ -66,6 +66,7 @@ def trainer_nodes(client: JobSubmissionClient) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_submitted_run_scales_up_stops_with_a_checkpoint_and_goes_on(head: Head, tmp_path: Path) -> None:
     config = yaml.safe_load((ROOT / "configs/demo.yaml").read_text())
     (tmp_path / "schema.yaml").write_text((ROOT / "configs" / config["schema"]).read_text())

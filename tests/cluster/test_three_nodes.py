@@ -67,6 +67,7 @@ def node_with_a_trainer(cluster: Cluster) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_preflight_of_a_cluster(three_nodes: Cluster, tmp_path: Path) -> None:
     arguments = ["jobs/preflight.py", "--config", "configs/demo.yaml", *cli_overrides(tmp_path), *TRAINERS]
     code, output = finish(start(three_nodes, *arguments))
@@ -83,6 +84,7 @@ def test_preflight_of_a_cluster(three_nodes: Cluster, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_training_run_outlives_a_node(three_nodes: Cluster, tmp_path: Path) -> None:
     options = [*TRAINERS, "training.checkpoint_every_steps=5", "training.max_failures=3", "run_name=node-lost"]
     arguments = ["jobs/train.py", "--config", "configs/demo.yaml", *cli_overrides(tmp_path, *options)]

@@ -48,6 +48,7 @@ def tensors(checkpoint: str, folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_workers_killed_at_random_steps_change_nothing(local_ray: None, tmp_path: Path) -> None:
     config = small_config(tmp_path, *SETTINGS)
     prepare(config, "build", quiet)

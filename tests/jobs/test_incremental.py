@@ -53,6 +53,7 @@ def test_what_is_published_and_what_is_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_days_are_trained_in_turn_and_a_regression_stops_publishing(local_ray: None, tmp_path: Path) -> None:
     options = (
         "build.order=time",
