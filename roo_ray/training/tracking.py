@@ -37,6 +37,7 @@ SERVER_TIMEOUT_S = 10.0
 # MLflow's own retries would take up to 15 minutes a call; the outbox tries again by itself
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 
 def default_uri() -> str:
