@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 Integers = npt.NDArray[np.int64]
+BLOCK = 32  # values of a list, on average, from which on blocks are faster than single values
 
 
 def ranges(starts: Integers, lengths: Integers) -> Integers:
@@ -27,12 +29,31 @@ def ranges(starts: Integers, lengths: Integers) -> Integers:
     return np.cumsum(steps, out=steps)
 
 
+def gather(values: pa.Array, starts: Integers, lengths: Integers) -> pa.Array:
+    """(sum of lengths,): the values from each start on, so many of them; starts, lengths (B,). All within them."""
+    kind, total = values.type, int(lengths.sum())
+    if total < BLOCK * len(lengths) or values.null_count or not pa.types.is_primitive(kind) or kind.bit_width < 8:
+        return pc.take(values, pa.array(ranges(starts, lengths)), boundscheck=False)
+    # plain values move as binary values, a list at once: every second one of [start, end, start, end, ...] is wanted
+    offsets = np.stack([starts, starts + lengths], 1).reshape(-1)
+    offsets = np.append(offsets, len(values)) + values.offset  # the last is the largest: Arrow checks that
+    offsets *= kind.bit_width // 8
+    buffers = [None, pa.py_buffer(offsets), values.buffers()[1]]
+    blocks = pa.Array.from_buffers(pa.large_binary(), len(offsets) - 1, buffers)
+    taken = pc.take(blocks, pa.array(np.arange(0, len(blocks), 2)), boundscheck=False)
+    return pa.Array.from_buffers(kind, total, [None, taken.buffers()[2]])
+
+
 @dataclass(frozen=True)
 class Selection:
-    """Chosen values of lists: ``lengths`` (B,) int64, ``index`` (T,) int64 into ``Lists.values``."""
+    """Chosen values of lists: from ``starts`` (B,) int64 on ``lengths`` (B,) int64 of the lists' flat values."""
 
+    starts: Integers
     lengths: Integers
-    index: Integers
+
+    def of(self, values: pa.Array) -> pa.Array:
+        """(sum of lengths,): the chosen of ``values``."""
+        return gather(values, self.starts, self.lengths)
 
 
 @dataclass(frozen=True)
@@ -56,7 +77,7 @@ class Lists:
         limit = last if last is not None else first
         if limit is not None:
             lengths = np.minimum(lengths, limit)
-        return Selection(lengths, ranges(starts, lengths))
+        return Selection(starts, lengths)
 
 
 def split_lists(array: pa.Array) -> Lists:

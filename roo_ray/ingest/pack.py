@@ -120,7 +120,7 @@ class _Packer:
             bags = Lists.of_scalars(stored)
         chosen = bags.select(index, first=feature.max_length)
         where = rows.where_element(chosen.lengths, where)
-        values = ids_of(take(bags.values, chosen.index), name, feature.table, table, where, feature.fill_id)
+        values = ids_of(chosen.of(bags.values), name, feature.table, table, where, feature.fill_id)
         self.add(f"lengths:{feature.name}", chosen.lengths, bounds)
         self.add(f"ids:{feature.name}", values, _at(chosen.lengths, bounds))
 
@@ -128,10 +128,8 @@ class _Packer:
         """An event sequence: aligned columns, cut to the last ``max_length`` events."""
         rows = self.rows
         lengths = rows.lists(feature.source_columns[0]).lengths[self.user_rows]
-        cut: tuple[Integers, Integers] | None = None  # the starts of lists, and the index that they give
 
         def events(name: str) -> pa.Array:
-            nonlocal cut
             lists = rows.lists(name)
             own = lists.lengths[self.user_rows]
             if (own != lengths).any():
@@ -141,9 +139,7 @@ class _Packer:
                     f"'{feature.source_columns[0]}' {lengths[at]} in {self.where_user(at)}; the columns "
                     "of a sequence must be aligned"
                 )
-            if cut is None or not np.array_equal(cut[0], lists.starts):
-                cut = (lists.starts, lists.select(self.user_rows, last=feature.max_length).index)
-            return take(lists.values, cut[1])
+            return lists.select(self.user_rows, last=feature.max_length).of(lists.values)
 
         kept = np.minimum(lengths, feature.max_length or 0)
         bounds, where = _at(kept, self.of_requests), rows.where_element(kept, self.where_user)

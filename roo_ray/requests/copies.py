@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from roo_ray.schema import Schema
+from roo_ray.sources.columns import take_table
 from roo_ray.sources.compare import Ints, Mask, differing_rows
 from roo_ray.sources.hashing import Hashes
 
@@ -67,7 +68,7 @@ class SharedCopies:
         keeps[alike] = False
         number[keeps] = self._number(dealt.buckets[keeps])
         number[alike] = number[heads[run[alike]]]
-        copies = table.take(pa.array(order[keeps])).combine_chunks()
+        copies = take_table(table, order[keeps])
         new = heads[known == NOT_FOUND]
         self._add(copies, (np.cumsum(keeps) - 1)[new], dealt.requests[new], dealt.buckets[new], number[new])
         return keeps, number, copies

@@ -20,13 +20,13 @@ import pyarrow.parquet as pq
 from roo_ray.config import Build
 from roo_ray.errors import RooError
 from roo_ray.requests.accounts import impressions_by_day, total_counts, total_ledger, without
+from roo_ray.requests.assembly import aside_folder
 from roo_ray.requests.examine import examine_requests
 from roo_ray.requests.ledger import Sizes, measure_requests
 from roo_ray.requests.manifest import AsideRows, Manifest, Origin, ShardFile, load_manifest, publish_manifest
 from roo_ray.requests.report import counts_of
 from roo_ray.requests.scan import Held, find_users, rows_of_users
 from roo_ray.requests.shards import WriteOptions, column_bytes, read_row_group, write_options, write_shards, write_whole
-from roo_ray.requests.stages import aside_folder
 from roo_ray.requests.tasks import Say, run_tasks
 from roo_ray.requests.users import read_users, user_type
 from roo_ray.requests.versions import (

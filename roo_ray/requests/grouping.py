@@ -155,13 +155,17 @@ def _conflicts(
 ) -> list[Finding]:
     """``copy_of``: (rows,) in order of the requests."""
     first = np.repeat(copy_of[starts], lengths)  # (rows,) the copy of the first row of each row's request
-    others = np.flatnonzero(copy_of != first)  # (rows that may differ,)
+    first_of = np.arange(copies.num_rows)  # (copies,) a copy is of one request, for its key is part of it
+    first_of[copy_of] = first
+    others = np.flatnonzero(first_of != np.arange(copies.num_rows))  # (copies that may differ,)
+    varies = np.zeros(copies.num_rows, np.bool_)
     findings = []
     for name in schema.request_columns:
         if name in schema.keys.request:
             continue
         is_user = name == schema.keys.user
-        differs = others[differing_rows(copies.column(name), copy_of[others], first[others])]
+        varies[others] = differing_rows(copies.column(name), others, first_of[others])
+        differs = np.flatnonzero(varies[copy_of])  # (rows,)
         found = len(np.unique(np.searchsorted(starts, differs, side="right")))
         offender = problem = ""
         if found:
@@ -203,8 +207,8 @@ def explode_requests(requests: pa.Table, schema: Schema) -> pa.Table:
     """The impressions of request rows, in order: the schema's columns, the inverse of ``group_impressions`` up
     to row order."""
     lengths, _ = list_parts(as_array(requests.column(schema.impression_columns[0])))
-    rows = pa.array(np.repeat(np.arange(requests.num_rows), lengths))
-    columns = {name: as_array(requests.column(name)).take(rows) for name in schema.request_columns}
+    rows = np.repeat(np.arange(requests.num_rows), lengths)
+    columns = {name: take_rows(as_array(requests.column(name)), rows) for name in schema.request_columns}
     for name in schema.impression_columns:
         columns[name] = list_parts(as_array(requests.column(name)))[1]
     return pa.table(columns)

@@ -16,9 +16,11 @@ import numpy as np
 from roo_ray.config import Config
 from roo_ray.errors import ConfigError, DataError, RooError
 from roo_ray.requests.accounts import add_counts, day_accounts, total_counts, total_ledger
+from roo_ray.requests.assembly import Assembly, assemble, deal
 from roo_ray.requests.checks import check_types
 from roo_ray.requests.exchange import Survey, add_surveys, plan_exchange
 from roo_ray.requests.manifest import AsideRows, Manifest, Origin, publish_manifest
+from roo_ray.requests.plan import BuildPlan, Joined
 from roo_ray.requests.rebuild import (
     exchange_record,
     merge_accounts,
@@ -40,15 +42,10 @@ from roo_ray.requests.report import (
 )
 from roo_ray.requests.settling import Settled, settle_days, settled_finding
 from roo_ray.requests.stages import (
-    Assembly,
-    BuildPlan,
     Gathered,
-    Joined,
     Scattered,
     ShardTask,
-    assemble,
     count,
-    deal,
     gather,
     readable_failure,
     scatter,

@@ -19,7 +19,7 @@ from roo_ray.requests.grouping import NUM_IMPRESSIONS, explode_in_slices
 from roo_ray.requests.manifest import ShardFile
 from roo_ray.requests.shards import WriteOptions, column_bytes
 from roo_ray.schema import Schema
-from roo_ray.sources.columns import as_array, is_list, list_parts
+from roo_ray.sources.columns import as_array, is_list, list_parts, take_table
 from roo_ray.terminal import human_bytes
 
 KINDS = ("elements", "memory_bytes", "disk_bytes")
@@ -107,7 +107,7 @@ def _first_impressions(requests: pa.Table, schema: Schema, impressions: int) -> 
     )  # fmt: skip
     cost = np.maximum(lengths / impressions, values / SAMPLED_VALUES)
     small = np.flatnonzero(cost <= 1)
-    return requests.take(pa.array(small[np.cumsum(cost[small]) <= 1]))
+    return take_table(requests, small[np.cumsum(cost[small]) <= 1])
 
 
 def measure_bucket(

@@ -18,7 +18,7 @@ from roo_ray.requests.profile_cost import StepCost, predict
 from roo_ray.requests.profile_schema import level_of
 from roo_ray.requests.shards import SAMPLE_ROWS, WriteOptions, choose_encodings, column_bytes, order_for_shards
 from roo_ray.schema import Schema
-from roo_ray.sources.columns import as_array, list_parts
+from roo_ray.sources.columns import as_array, list_parts, take_table
 from roo_ray.sources.times import epoch_seconds
 from roo_ray.terminal import human_bytes
 
@@ -63,7 +63,7 @@ def predict_savings(table: ImpressionTable, sample: Sample, schema: Schema, mode
     rows = sample.rows.select(schema.columns)
     requests, _ = group_with_findings(rows, schema, "first")
     times = epoch_seconds(requests.column(schema.keys.time), schema.keys.time)
-    by_user = requests.take(pa.array(order_for_shards(requests, schema, times))).combine_chunks()
+    by_user = take_table(requests, order_for_shards(requests, schema, times))
     grouped = _shard_bytes(by_user)
     in_order, _ = sorted_disk_bytes(requests, schema, OPTIONS)
     sizes = measure_requests(requests, schema)

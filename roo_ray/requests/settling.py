@@ -11,11 +11,13 @@ import pyarrow as pa
 
 from roo_ray.errors import DataError
 from roo_ray.requests.grouping import OnConflict, describe_key, kept_row
+from roo_ray.requests.plan import COPY_OF, BuildPlan, key_hashes
 from roo_ray.requests.report import Finding
-from roo_ray.requests.stages import COPY_OF, BuildPlan, Gathered, Scattered, key_hashes, parts_of, read_bucket
+from roo_ray.requests.stages import Gathered, Scattered, parts_of, read_bucket
 from roo_ray.requests.staging import Piece, Runs, StagingWriter, pieces_of
 from roo_ray.requests.tasks import Say, run_tasks
 from roo_ray.schema import Schema
+from roo_ray.sources.columns import take_table
 from roo_ray.sources.compare import Ints, Mask
 from roo_ray.sources.times import day_name
 
@@ -82,8 +84,8 @@ def settle(plan: BuildPlan, copies: list[Piece], impressions: list[Piece], numbe
         StagingWriter(plan.staging, f"settled-copies-{number:06d}.arrow", plan.copy_types, plan.codec) as copies_writer,
         StagingWriter(plan.staging, f"settled-impressions-{number:06d}.arrow", plan.own_types, plan.codec) as own,
     ):
-        copies_writer.write_sorted(shared.take(pa.array(copy_of[rows][new])), *parts_of(bucket[new]))
-        own.write_sorted(rest.take(pa.array(rows)).append_column(COPY_OF, [number_of.astype(np.int32)]), *parts)
+        copies_writer.write_sorted(take_table(shared, copy_of[rows][new]), *parts_of(bucket[new]))
+        own.write_sorted(take_table(rest, rows).append_column(COPY_OF, [number_of.astype(np.int32)]), *parts)
         return Settled(found.requests, found.first, len(found.taken) - len(rows), copies_writer.runs, own.runs)
 
 

@@ -26,7 +26,7 @@ from roo_ray.requests.grouping import NUM_IMPRESSIONS
 from roo_ray.requests.manifest import ShardFile, Unit
 from roo_ray.schema import Schema
 from roo_ray.sources.base import leaf_columns
-from roo_ray.sources.columns import as_array, is_list, list_parts
+from roo_ray.sources.columns import as_array, is_list, list_parts, take_table
 from roo_ray.sources.compare import Ints, sort_codes
 from roo_ray.sources.times import Seconds, day_name, epoch_seconds, utc_days
 from roo_ray.storage import join_path, open_filesystem
@@ -218,7 +218,7 @@ def write_shards(
     days = utc_days(times)[order]
     for day in np.unique(days):
         rows = order[days == day]
-        table = requests.take(pa.array(rows)).combine_chunks()
+        table = take_table(requests, rows)
         impressions = np.asarray(table.column(NUM_IMPRESSIONS)).astype(np.int64)
         tokens = history_tokens(table, schema)
         sizes = sum((row_bytes(as_array(column)) for column in table.columns), np.zeros(len(rows), np.int64))

@@ -1,10 +1,9 @@
 """The stages of a build, each a function that any node can run by itself.
 
-``deal`` and ``assemble`` bring the logs of a joined source together; ``count`` reads the key columns, from which
-the exchange is planned; ``scatter`` deals the rows of a unit to buckets of (day, user); ``gather`` groups the
-buckets of one shard into requests, checks them and writes their files; ``verify`` looks for request keys that
-more than one bucket holds. Between them lie staging files (``staging``). All rows of a request meet in one
-bucket; memory is that of a few buckets.
+``count`` reads the key columns, from which the exchange is planned; ``scatter`` deals the rows of some units to
+buckets of (day, user); ``gather`` groups the buckets of one shard into requests, checks them and writes their files.
+Between them lie staging files (``staging``). All rows of a request meet in one bucket; memory is that of a few
+buckets.
 """
 
 from __future__ import annotations
@@ -15,110 +14,31 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
-from roo_ray.config import Build
 from roo_ray.errors import DataError, RooError
 from roo_ray.requests.copies import Dealt, SharedCopies
 from roo_ray.requests.examine import examine_requests
-from roo_ray.requests.exchange import Exchange, Shard, Survey, add_surveys, survey_rows
+from roo_ray.requests.exchange import Shard, Survey, add_surveys, survey_rows
 from roo_ray.requests.grouping import NUM_IMPRESSIONS, group_parts, require_keys
 from roo_ray.requests.ledger import Sizes, add_sizes, measure_bucket
 from roo_ray.requests.manifest import ShardFile
+from roo_ray.requests.plan import COPY_OF, BuildPlan, Joined, key_columns, key_hashes
 from roo_ray.requests.report import FAIL, Finding, merge_findings, stops_writing
-from roo_ray.requests.shards import WriteOptions, write_options, write_shards, write_whole
-from roo_ray.requests.staging import BATCH_ROWS, Codec, Piece, Runs, StagingWriter, read_pieces, read_staged
-from roo_ray.requests.two_days import NO_TWO_DAYS, TwoDays, stage_days
-from roo_ray.requests.uniqueness import ranges_for, stage_hashes
-from roo_ray.schema import Schema
-from roo_ray.sources.base import JoinedSource, KeyedSource, ReadUnit, RowKind, Source
-from roo_ray.sources.columns import as_array, list_parts
+from roo_ray.requests.shards import write_shards
+from roo_ray.requests.staging import Piece, Runs, StagingWriter, read_pieces, read_staged
+from roo_ray.requests.two_days import stage_days
+from roo_ray.requests.uniqueness import stage_hashes
+from roo_ray.sources.base import KeyedSource, ReadUnit, RowKind
+from roo_ray.sources.columns import as_array, list_parts, take_table
 from roo_ray.sources.compare import Ints
-from roo_ray.sources.hashing import Hashes, hash_array, hash_rows
+from roo_ray.sources.hashing import Hashes, hash_rows
 from roo_ray.sources.times import epoch_seconds, utc_days
 from roo_ray.storage import open_filesystem
 
-COPY_OF = "_copy_of"
 ACCUMULATED = 2  # buckets' worth of request rows that are written together
 SHARED_BUCKETS = 3  # buckets' worth of copies in which a task finds those that it has staged
 LEAST_TASKS, TASK_BYTES = 4, 1_000_000_000  # of the log in memory that one task deals
-ASIDE = "aside"
 REFUSED = "REFUSED"
-
-
-@dataclass(frozen=True)
-class BuildPlan:
-    """What every task of a build knows. ``staging``: folder of the files between the stages; ``kind``: what the
-    source's rows are; ``exchange``, ``two_days`` (requests of several days, to be settled): known after the count;
-    ``days``: the UTC days that are built, empty for all."""
-
-    source: Source | JoinedSource
-    schema: Schema
-    build: Build
-    kind: RowKind
-    staging: str
-    data_set: str
-    version: int
-    token: str = ""
-    exchange: Exchange | None = None
-    days: tuple[int, ...] = ()
-    requests_expected: float = 0.0
-    two_days: TwoDays = NO_TWO_DAYS
-
-    @property
-    def settles_days(self) -> bool:
-        """Whether a rule says what becomes of a request with several days."""
-        keys = self.schema.keys
-        may_differ = self.kind == "impressions" and keys.time not in keys.request
-        return may_differ and self.build.on_request_conflict != FAIL
-
-    @property
-    def codec(self) -> Codec:
-        """How staging files are compressed."""
-        chosen = self.build.staging_compression
-        if chosen == "auto":
-            return None if isinstance(open_filesystem(self.staging)[0], pafs.LocalFileSystem) else "lz4"
-        return None if chosen == "none" else chosen
-
-    @property
-    def key_ranges(self) -> int:
-        """Ranges of the hash in which request keys are compared."""
-        return ranges_for(self.requests_expected)
-
-    @property
-    def copy_types(self) -> pa.Schema:
-        """The columns that impressions of one request share."""
-        return pa.schema([self.source.row_schema.field(name) for name in self.schema.request_columns])
-
-    @property
-    def own_types(self) -> pa.Schema:
-        """The columns of an impression, and the number of its copy of the shared ones."""
-        fields = [self.source.row_schema.field(name) for name in self.schema.impression_columns]
-        return pa.schema([*fields, pa.field(COPY_OF, pa.int32())])
-
-    @property
-    def options(self) -> WriteOptions:
-        """How shards are written."""
-        return write_options(self.build)
-
-
-@dataclass(frozen=True)
-class Joined:
-    """The rows that one bucket of a joined source gave, staged under ``name``; they are a unit of the next
-    stages."""
-
-    name: str
-    survey: Survey
-
-
-@dataclass(frozen=True)
-class Assembly:
-    """What one bucket of a joined source gave. ``read``: rows of each log; ``aside``: reason -> rows and file."""
-
-    joined: Joined | None
-    read: dict[str, int]
-    counts: dict[str, int]
-    aside: dict[str, tuple[int, str | None]]
 
 
 @dataclass(frozen=True)
@@ -142,81 +62,6 @@ class Gathered:
     findings: list[Finding] = field(default_factory=list)
     sizes: Sizes = field(default_factory=dict)
     keys: Runs | None = None
-
-
-def key_hashes(table: pa.Table, schema: Schema) -> tuple[Ints, Hashes, Hashes]:
-    """(rows,) each: the UTC day, the user's hash and the hash of the request key."""
-    require_keys(table, schema)
-    days = utc_days(epoch_seconds(table.column(schema.keys.time), schema.keys.time))
-    return days, hash_array(table.column(schema.keys.user)), hash_rows(table, schema.keys.request)
-
-
-def key_columns(schema: Schema) -> list[str]:
-    """The columns that decide where a row goes."""
-    return list(dict.fromkeys([*schema.keys.request, schema.keys.user, schema.keys.time]))
-
-
-# ---- logs that are joined ------------------------------------------------------------------------
-
-
-def deal(plan: BuildPlan, unit: ReadUnit, buckets: int) -> Runs:
-    """Deals the rows of a unit of one log to buckets by the log's keys. Raises DataError for null keys."""
-    assert isinstance(plan.source, JoinedSource)
-    log = plan.source.logs[unit.log]
-    with StagingWriter(plan.staging, f"log-{unit.index:06d}.arrow", log.schema, plan.codec) as writer:
-        for table in plan.source.batches(unit):
-            for name in log.keys:
-                if table.column(name).null_count:
-                    raise DataError(
-                        f"{unit.path}: column '{name}' is null in {table.column(name).null_count} rows; rows of the "
-                        "logs are joined by it: remove these rows or correct the source"
-                    )
-            bucket = (hash_rows(table, log.keys) % np.uint64(buckets)).astype(np.int64)
-            order = np.argsort(bucket, kind="stable")
-            bounds = np.searchsorted(bucket[order], np.arange(buckets + 1))
-            writer.write_sorted(table.take(pa.array(order)), np.arange(buckets), bounds)
-        return writer.runs
-
-
-def assemble(plan: BuildPlan, bucket: int, pieces: dict[str, list[Piece]]) -> Assembly:
-    """Joins the rows of one bucket of all logs, stages the result and writes what is kept aside."""
-    assert isinstance(plan.source, JoinedSource)
-    parts = {
-        name: pa.Table.from_batches(read_pieces(plan.staging, pieces.get(name, [])), log.schema)
-        for name, log in plan.source.logs.items()
-    }
-    read = {name: part.num_rows for name, part in parts.items()}
-    result = plan.source.assemble(parts)
-    del parts
-    aside = {reason: _write_aside(plan, reason, bucket, rows) for reason, rows in result.aside.items() if rows.num_rows}
-    if not result.rows.num_rows:
-        return Assembly(None, read, result.counts, aside)
-    if not result.rows.schema.equals(plan.source.row_schema):
-        raise RooError(f"a joined source gave rows of {result.rows.schema}, not of {plan.source.row_schema}")
-    name = f"joined-{bucket:06d}.arrow"
-    surveys = []
-    with StagingWriter(plan.staging, name, plan.source.row_schema, plan.codec) as writer:
-        for at in range(0, result.rows.num_rows, BATCH_ROWS):
-            part = result.rows.slice(at, BATCH_ROWS)
-            writer.write(part, 0)
-            surveys.append(survey_rows(*key_hashes(part, plan.schema), part.nbytes))
-    return Assembly(Joined(name, add_surveys(surveys)), read, result.counts, aside)
-
-
-def _write_aside(plan: BuildPlan, reason: str, bucket: int, rows: pa.Table) -> tuple[int, str | None]:
-    if not plan.build.keep_aside:
-        return rows.num_rows, None
-    filesystem, base = open_filesystem(plan.data_set)
-    path = f"{aside_folder(plan.version, plan.token)}/{reason}/part-{bucket:05d}.parquet"
-    stream = pa.BufferOutputStream()
-    pq.write_table(rows, stream, compression="zstd", compression_level=plan.build.compression_level)
-    write_whole(filesystem, f"{base}/{path}", stream.getvalue())
-    return rows.num_rows, path
-
-
-def aside_folder(version: int, token: str = "") -> str:
-    """``aside/v000001``: where the rows that a version keeps aside lie in its data set."""
-    return f"{ASIDE}/v{version:06d}-{token}" if token else f"{ASIDE}/v{version:06d}"
 
 
 # ---- count and scatter ---------------------------------------------------------------------------
@@ -267,7 +112,7 @@ def scatter(plan: BuildPlan, units: Sequence[ReadUnit | Joined], number: int) ->
         with StagingWriter(plan.staging, f"rows-{number:06d}.arrow", types, plan.codec) as writer:
             for table in _rows_of(plan, units):
                 dealt = _dealt(plan, *key_hashes(table, schema))
-                writer.write_sorted(table.take(pa.array(dealt.order)), *parts_of(dealt.buckets))
+                writer.write_sorted(take_table(table, dealt.order), *parts_of(dealt.buckets))
                 rows += table.num_rows
                 impressions += int(list_parts(as_array(table.column(schema.impression_columns[0])))[0].sum())
             return Scattered(rows, impressions, writer.runs, None)
@@ -280,7 +125,7 @@ def scatter(plan: BuildPlan, units: Sequence[ReadUnit | Joined], number: int) ->
             dealt = _dealt(plan, *key_hashes(table, schema))
             keeps, copy, kept = shared.share(table.select(schema.request_columns), dealt)
             copies.write_sorted(kept, *parts_of(dealt.buckets[keeps]))
-            rest = table.select(schema.impression_columns).take(pa.array(dealt.order))
+            rest = take_table(table.select(schema.impression_columns), dealt.order)
             own.write_sorted(rest.append_column(COPY_OF, [copy.astype(np.int32)]), *parts_of(dealt.buckets))
             rows += table.num_rows
         return Scattered(rows, rows, copies.runs, own.runs)

@@ -31,6 +31,7 @@ def _run_task(batch: pa.Table, plan: HasStaging, what: str) -> pa.Table:
     filesystem, staging = open_filesystem(plan.staging)
     outcome: tuple[str, Any]
     keep_freed_memory()
+    pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own pool would give its large blocks back each time
     try:
         if filesystem.get_file_info(f"{staging}/{ABORT}").type != pafs.FileType.NotFound:
             outcome = ("skipped", None)

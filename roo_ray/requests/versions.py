@@ -15,6 +15,7 @@ import pyarrow.fs as pafs
 from roo_ray import __version__
 from roo_ray.errors import DataError
 from roo_ray.requests.alive import at_work, belongs_to, writers_at_work
+from roo_ray.requests.assembly import ASIDE
 from roo_ray.requests.manifest import (
     MANIFESTS,
     Manifest,
@@ -26,7 +27,6 @@ from roo_ray.requests.manifest import (
     read_version,
 )
 from roo_ray.requests.shards import DATA, version_folder
-from roo_ray.requests.stages import ASIDE
 from roo_ray.storage import join_path, open_filesystem
 
 STAGING = "_staging"

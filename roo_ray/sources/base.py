@@ -307,6 +307,6 @@ def stream_unit(unit: ReadUnit, columns: Sequence[str], batch_bytes: int = BATCH
     rows = max(1, min(131_072, int(unit.rows * batch_bytes / max(unit.bytes, 1))))
     with open_parquet(unit.root, unit.path) as file:
         try:
-            yield from file.iter_batches(rows, list(unit.row_groups), list(columns))
+            yield from file.iter_batches(rows, list(unit.row_groups), list(columns), use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{unit.path} cannot be read ({error}); write or copy it again") from None

@@ -41,6 +41,44 @@ def offsets_of(lengths: npt.NDArray[np.int64]) -> pa.Array:
     return pa.array(offsets).cast(pa.int32())
 
 
+def byte_rows(array: pa.Array) -> pa.Array | None:
+    """The rows of a list array as binary values (N,) that share its memory; None unless its values are plain numbers
+    or times without nulls. Arrow moves and compares binary values as blocks, list values one by one."""
+    kind = array.type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return None
+    values = array.values
+    if not pa.types.is_primitive(values.type) or values.type.bit_width < 8 or values.null_count:
+        return None
+    validity, raw = array.buffers()[:2]
+    if raw is None or values.buffers()[1] is None:
+        return None
+    first = array.offset if validity is None else 0  # a validity bitmap cannot be cut within a byte
+    ends = np.frombuffer(raw, np.int32 if pa.types.is_list(kind) else np.int64)[first : array.offset + len(array) + 1]
+    offsets = (ends.astype(np.int64) + values.offset) * (values.type.bit_width // 8)
+    buffers = [validity, pa.py_buffer(offsets), values.buffers()[1]]
+    return pa.Array.from_buffers(pa.large_binary(), len(array), buffers, offset=array.offset - first)
+
+
 def take_rows(array: pa.Array, rows: npt.NDArray[np.int64]) -> pa.Array:
     """The values at ``rows`` (N,)."""
-    return array.take(pa.array(rows))
+    index = pa.array(rows)
+    blocks = byte_rows(array)
+    if blocks is None:
+        return array.take(index)
+    kind = array.type
+    taken = blocks.take(index)
+    validity, raw, data = taken.buffers()
+    width = kind.value_type.bit_width // 8
+    offsets = np.frombuffer(raw, np.int64)[taken.offset : taken.offset + len(taken) + 1] // width
+    if taken.offset or data is None or (pa.types.is_list(kind) and offsets[-1] > np.iinfo(np.int32).max):
+        return array.take(index)
+    values = pa.Array.from_buffers(kind.value_type, int(offsets[-1]), [None, data])
+    ends = pa.py_buffer(offsets.astype(np.int32) if pa.types.is_list(kind) else offsets)
+    return pa.Array.from_buffers(kind, len(taken), [validity, ends], children=[values])
+
+
+def take_table(table: pa.Table, rows: npt.NDArray[np.int64]) -> pa.Table:
+    """The rows ``rows`` (N,) of a table, each column as one array."""
+    columns = [take_rows(as_array(column), rows) for column in table.columns]
+    return pa.Table.from_arrays(columns, schema=table.schema)

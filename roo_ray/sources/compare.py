@@ -6,6 +6,7 @@ Two nulls are equal here, and two NaNs are: what is compared is whether a log sa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from roo_ray.errors import DataError
-from roo_ray.sources.columns import as_array, is_list, list_parts
+from roo_ray.sources.columns import as_array, byte_rows, is_list, list_parts
 from roo_ray.sources.hashing import NULL_HASH, Hashes, hash_array, mix64
 
 Ints = npt.NDArray[np.int64]
@@ -146,9 +147,8 @@ def _differing_lists(array: pa.Array, left: Ints, other: pa.Array, right: Ints) 
         differs |= _null_mask(array)[left] != _null_mask(other)[right]
     apart = left != right if other is array else True
     rows = np.flatnonzero(~differs & apart & (lengths[left] > 0))
+    rows = rows[~_same_bytes(array, left[rows], other, right[rows], lengths[left[rows]])]
     at, its_at = starts[left[rows]], its_starts[right[rows]]
-    known = _same_bytes(values, at, its_values, its_at, lengths[left[rows]])
-    rows, at, its_at = rows[~known], at[~known], its_at[~known]
     sizes = lengths[left[rows]]
     ends = np.cumsum(sizes)
     begin = 0
@@ -165,37 +165,18 @@ def _differing_lists(array: pa.Array, left: Ints, other: pa.Array, right: Ints) 
     return differs
 
 
-def _same_bytes(values: pa.Array, left: Ints, other: pa.Array, right: Ints, lengths: Ints) -> Mask:
-    """(N,) bool: whether the ``lengths`` values from positions ``left`` of ``values`` and from ``right`` of
-    ``other`` have equal bytes, and so are equal. False where that is not known: for text, nested and null values.
-    Values are compared in blocks of the power of two below the length, from the start and up to the end: many times
-    faster than one by one."""
-    same = np.zeros(len(lengths), np.bool_)
-    kind = values.type
-    plain = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_temporal(kind)
-    if not plain or values.null_count or other.null_count or not len(lengths):
+def _same_bytes(array: pa.Array, left: Ints, other: pa.Array, right: Ints, lengths: Ints) -> Mask:
+    """(N,) bool: whether the lists at rows ``left`` and those of ``other`` at ``right``, of the same ``lengths``, have
+    equal bytes, and so are equal. False where that is not known: for lists of text, lists or nulls."""
+    same = np.zeros(len(left), np.bool_)
+    ours, its = byte_rows(array), byte_rows(other)
+    if ours is None or its is None:
         return same
-    width = kind.bit_width // 8
-    exponents = np.frexp(lengths.astype(np.float64))[1] - 1
-    for exponent in np.unique(exponents).tolist():
-        rows = np.flatnonzero(exponents == exponent)
-        size = 1 << exponent
-        ours, its = _windows(values, width, size), _windows(other, width, size)
-        at_once = max(1, TOKENS_AT_ONCE // (4 * size))
-        for at in range(0, len(rows), at_once):
-            some = rows[at : at + at_once]
-            here, there, rest = left[some], right[some], lengths[some] - size
-            equal = (ours[here] == its[there]).all(axis=1)
-            some, here, there, rest = some[equal], here[equal], there[equal], rest[equal]
-            same[some] = (rest == 0) | (ours[here + rest] == its[there + rest]).all(axis=1)
+    parts = np.flatnonzero(np.diff(np.cumsum(lengths) // TOKENS_AT_ONCE, prepend=-1))
+    for begin, end in pairwise([*parts.tolist(), len(left)]):
+        taken = ours.take(pa.array(left[begin:end])), its.take(pa.array(right[begin:end]))
+        same[begin:end] = np.asarray(pc.fill_null(pc.equal(*taken), False).cast(pa.uint8())).view(np.bool_)
     return same
-
-
-def _windows(values: pa.Array, width: int, length: int) -> npt.NDArray[Any]:
-    """(len - length + 1, length) view of the bytes of plain values: the ``length`` values from each position."""
-    numbers = np.frombuffer(values.buffers()[1], f"u{width}")[values.offset :][: len(values)]
-    shape = (len(numbers) - length + 1, length)
-    return np.ndarray(shape, numbers.dtype, numbers, strides=(width, width))
 
 
 def same_as_previous(codes: Sequence[Ints], order: Ints) -> Mask:

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 
-from roo_ray.sources.columns import as_array
+from roo_ray.sources.columns import as_array, take_table
 from roo_ray.sources.compare import Ints, Mask, differing_rows, same_as_previous, sort_codes
 
 Column: TypeAlias = Any  # pa.Array or pa.ChunkedArray
@@ -62,5 +62,5 @@ def describe_row(table: pa.Table, row: int, columns: Sequence[str]) -> str:
 
 def take_rows(table: pa.Table, rows: Ints | Mask) -> pa.Table:
     """Some rows of a table, by number or by mask."""
-    index = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows
-    return table.take(pa.array(index))
+    index: Ints = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows.astype(np.int64, copy=False)
+    return take_table(table, index)

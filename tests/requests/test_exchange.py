@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from roo_ray.config import Build
 from roo_ray.errors import DataError
 from roo_ray.requests.exchange import Exchange, Survey, add_surveys, plan_exchange, survey_rows
-from roo_ray.requests.stages import Joined, scatter_tasks
+from roo_ray.requests.plan import Joined
+from roo_ray.requests.stages import scatter_tasks
 from roo_ray.sources.base import ReadUnit
 from roo_ray.sources.hashing import mix64
 
