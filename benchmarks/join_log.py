@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from roo_ray.schema import Schema, parse_schema
+from roo_ray.sources.columns import take_table
 
 PER_REQUEST, SHORTEST, LONGEST, STREAM, ITEMS = 10, 60, 140, 400, 20_000
 BLOCK, FILE_ROWS, GROUP_ROWS = 2_000_000, 250_000, 50_000
@@ -130,7 +131,7 @@ def write_log(folder: Path, rows: int) -> Path:
             writer = None
             for at in range(begin, min(begin + FILE_ROWS, size), GROUP_ROWS):
                 some = order[at : min(at + GROUP_ROWS, size)]
-                shared, own = requests.take(some // PER_REQUEST), impressions.take(some)
+                shared, own = take_table(requests, some // PER_REQUEST), take_table(impressions, some)
                 table = pa.table(dict(zip([*shared.column_names, *own.column_names],
                                           [*shared.columns, *own.columns], strict=True)))  # fmt: skip
                 if writer is None:

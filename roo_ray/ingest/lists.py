@@ -32,7 +32,7 @@ def ranges(starts: Integers, lengths: Integers) -> Integers:
 def gather(values: pa.Array, starts: Integers, lengths: Integers) -> pa.Array:
     """(sum of lengths,): the values from each start on, so many of them; starts, lengths (B,). All within them."""
     kind, total = values.type, int(lengths.sum())
-    if total < BLOCK * len(lengths) or values.null_count or not pa.types.is_primitive(kind) or kind.bit_width < 8:
+    if total <= BLOCK * len(lengths) or values.null_count or not pa.types.is_primitive(kind) or kind.bit_width < 8:
         return pc.take(values, pa.array(ranges(starts, lengths)), boundscheck=False)
     # plain values move as binary values, a list at once: every second one of [start, end, start, end, ...] is wanted
     offsets = np.stack([starts, starts + lengths], 1).reshape(-1)

@@ -51,12 +51,13 @@ def byte_rows(array: pa.Array) -> pa.Array | None:
     if not pa.types.is_primitive(values.type) or values.type.bit_width < 8 or values.null_count:
         return None
     validity, raw = array.buffers()[:2]
-    if raw is None or values.buffers()[1] is None:
+    data = values.buffers()[1]
+    if raw is None or data is None or not data.size:  # of files without a value
         return None
     first = array.offset if validity is None else 0  # a validity bitmap cannot be cut within a byte
     ends = np.frombuffer(raw, np.int32 if pa.types.is_list(kind) else np.int64)[first : array.offset + len(array) + 1]
     offsets = (ends.astype(np.int64) + values.offset) * (values.type.bit_width // 8)
-    buffers = [validity, pa.py_buffer(offsets), values.buffers()[1]]
+    buffers = [validity, pa.py_buffer(offsets), data]
     return pa.Array.from_buffers(pa.large_binary(), len(array), buffers, offset=array.offset - first)
 
 
@@ -71,7 +72,7 @@ def take_rows(array: pa.Array, rows: npt.NDArray[np.int64]) -> pa.Array:
     validity, raw, data = taken.buffers()
     width = kind.value_type.bit_width // 8
     offsets = np.frombuffer(raw, np.int64)[taken.offset : taken.offset + len(taken) + 1] // width
-    if taken.offset or data is None or (pa.types.is_list(kind) and offsets[-1] > np.iinfo(np.int32).max):
+    if taken.offset or not offsets[-1] or (pa.types.is_list(kind) and offsets[-1] > np.iinfo(np.int32).max):
         return array.take(index)
     values = pa.Array.from_buffers(kind.value_type, int(offsets[-1]), [None, data])
     ends = pa.py_buffer(offsets.astype(np.int32) if pa.types.is_list(kind) else offsets)

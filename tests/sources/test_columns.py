@@ -64,6 +64,15 @@ def test_rows_differ_where_their_values_do(array: pa.Array, data: st.DataObject)
     assert differing_rows(array, left, np.arange(len(right)), other).tolist() == expected
 
 
+def test_lists_without_a_value_of_a_staging_file_are_taken() -> None:
+    stream = pa.BufferOutputStream()
+    with pa.ipc.new_file(stream, pa.schema([("a", pa.list_(pa.int64()))])) as writer:
+        writer.write_batch(pa.record_batch({"a": pa.array([[], []], pa.list_(pa.int64()))}))
+    array = pa.ipc.open_file(stream.getvalue()).get_batch(0).column("a")
+    assert take_rows(array, np.array([1, 0])).to_pylist() == [[], []]
+    assert not differing_rows(array, np.array([0]), np.array([1])).any()
+
+
 def test_plain_lists_are_moved_as_blocks_and_others_are_not() -> None:
     assert byte_rows(pa.array([[1, 2], None], pa.list_(pa.int32()))).to_pylist() == [b"\1\0\0\0\2\0\0\0", None]
     for array in (pa.array([[True]]), pa.array([["a"]]), pa.array([[[1]]]), pa.array([[1, None]]), pa.array([1])):
