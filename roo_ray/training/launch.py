@@ -24,6 +24,7 @@ from roo_ray.ingest.holdout import check_sides
 from roo_ray.ingest.plan import differences, plan_inputs
 from roo_ray.models.check import check_model
 from roo_ray.models.cost import training_megaflops
+from roo_ray.redact import redact_text
 from roo_ray.requests.manifest import Manifest, load_manifest, manifest_versions
 from roo_ray.review.record import review_evaluation, review_training
 from roo_ray.schema import Schema
@@ -237,7 +238,7 @@ def train(
             config,
             run_name,
             RESULT_FILE,
-            {"checkpoint": path, "metrics": finite(result.metrics), "mlflow_run_id": run.run_id},
+            {"checkpoint": redact_text(path), "metrics": finite(result.metrics), "mlflow_run_id": run.run_id},
         )
         if folder_size(path) <= CHECKPOINT_ARTIFACT_LIMIT:
             with result.checkpoint.as_directory() as folder:
@@ -319,7 +320,8 @@ def find_checkpoint(config: Config, named: str) -> str:
     result_path = f"{base}/{named}/{RESULT_FILE}"
     if "://" not in named and filesystem.get_file_info(result_path).is_file:
         with filesystem.open_input_stream(result_path) as stream:
-            return str(json.loads(stream.read())["checkpoint"])
+            stored = str(json.loads(stream.read())["checkpoint"])  # without credentials: those of the config count
+        return join_path(config.storage, named, os.path.basename(stored.partition("?")[0]))
     filesystem, path = open_filesystem(named)
     if not filesystem.get_file_info(f"{path}/{STATE_FILE}").is_file:
         raise ConfigError(

@@ -127,7 +127,7 @@ def test_kuberay_manifests_fit_their_crd(path: Path) -> None:
         config = load_config(ROOT / "configs/demo.yaml", overrides)
         assert config.training.gpu
         assert config.ray.worker_labels == workers["trainer"]["labels"]
-        assert config.ingest.task_labels == workers["data"]["labels"]
+        assert config.ray.data_labels == workers["data"]["labels"]
         for script in re.findall(r"jobs/\w+\.py", entrypoint):
             assert (ROOT / script).is_file()
 
