@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import shutil
 import subprocess
@@ -151,7 +152,7 @@ def test_docker_files(path: Path) -> None:
     steps = instructions(path)
     verbs = [verb for verb, _ in steps]
     assert set(verbs) <= {"FROM", "ARG", "ENV", "SHELL", "RUN", "WORKDIR", "COPY", "USER", "EXPOSE", "CMD"}
-    assert re.fullmatch(r"python:3\.11\.\d+-slim-bookworm", dict(steps)["FROM"])  # a pinned version
+    assert re.fullmatch(r"python:3\.11\.\d+-slim-bookworm@sha256:[0-9a-f]{64}", dict(steps)["FROM"])
     assert verbs.index("USER") > max(position for position, verb in enumerate(verbs) if verb == "RUN")
     assert dict(steps)["USER"] not in ("0", "root")
     for verb, arguments in steps:
@@ -191,6 +192,49 @@ def test_lock_files_pin_all_with_hashes(path: Path) -> None:
         ours = "fbgemm-gpu" if "gpu" in path.name else "fbgemm-gpu-cpu"
         assert names & {"fbgemm-gpu", "fbgemm-gpu-cpu"} == {ours}
         assert any(name.startswith("nvidia-") for name in names) == ("gpu" in path.name)
+
+
+def test_the_compose_file_fits_the_compose_specification() -> None:
+    """Its schema comes with check-jsonschema."""
+    checker = shutil.which("check-jsonschema", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if checker is None:
+        pytest.skip("check-jsonschema is not installed; what the file promises is checked all the same")
+    command = [checker, "--builtin-schema", "vendor.compose-spec", str(CLUSTER / "mlflow/compose.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_what_the_compose_file_refers_to_is_there() -> None:
+    compose = yaml.safe_load((CLUSTER / "mlflow/compose.yaml").read_text())
+    assert set(compose) == {"name", "services", "secrets", "volumes"}
+    for service in compose["services"].values():
+        assert re.match(r"\S+:[\w.-]+(@sha256:[0-9a-f]{64})?$", service["image"])
+        assert ":latest" not in service["image"]
+        assert service["user"].split(":")[0] not in ("0", "root")
+        assert service["cap_drop"] == ["ALL"]
+        assert set(service["secrets"]) <= set(compose["secrets"])
+        assert all(volume.split(":")[0] in compose["volumes"] for volume in service.get("volumes", []))
+        assert set(service.get("depends_on", {})) <= set(compose["services"])
+    server = compose["services"]["mlflow"]
+    build = server["build"]
+    assert ((CLUSTER / "mlflow" / build["context"]).resolve() / build["dockerfile"]).is_file()
+    script = server["command"][-1].replace("$$", "$")  # as compose passes it on
+    assert subprocess.run(["sh", "-n", "-c", script], check=False).returncode == 0
+    assert compose["services"]["postgres"]["healthcheck"]["test"][0] == "CMD-SHELL"  # what depends_on waits for
+
+
+def test_the_mlflow_manifest_has_valid_pods() -> None:
+    """Against the pod template within KubeRay's CRD, unknown fields refused."""
+    schema = crd_schema("RayCluster")["properties"]["spec"]["properties"]["headGroupSpec"]["properties"]["template"]
+    schema["properties"]["metadata"] = {"type": "object"}  # the CRD leaves a pod's metadata out
+    documents = list(yaml.safe_load_all((CLUSTER / "mlflow/kubernetes.yaml").read_text()))
+    pods = [item["spec"]["template"] for item in documents if item["kind"] in ("StatefulSet", "Deployment")]
+    assert len(pods) == 2
+    for pod in pods:
+        jsonschema.Draft202012Validator(schema).validate(pod)
+    pods[0]["spec"]["containers"][0]["imagge"] = "x"
+    with pytest.raises(jsonschema.ValidationError, match="imagge"):
+        jsonschema.Draft202012Validator(schema).validate(pods[0])
 
 
 def test_the_mlflow_server_keeps_secrets_out_of_its_files() -> None:
