@@ -125,6 +125,19 @@ def _require_server(uri: str) -> None:
         ) from None
 
 
+def store_problem(uri: str) -> str | None:
+    """Why a store does not answer here, without credentials; None where it does. Asks for an experiment."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    try:
+        _require_server(uri)
+        MlflowClient(uri).search_experiments(max_results=1)
+    except (ConfigError, MlflowException, OSError) as error:
+        return redact_text(" ".join(str(error).split())[:300])
+    return None
+
+
 def software() -> dict[str, str]:
     """What the job runs on, as tags: versions, the code's commit where it is known, the job, the machine."""
     names = ("roo-ray", "torch", "torchrec", "ray", "pyarrow", "mlflow-skinny")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -123,14 +124,19 @@ def test_kuberay_manifests_fit_their_crd(path: Path) -> None:
     env = {item["name"]: item["value"] for item in head["template"]["spec"]["containers"][0]["env"]}
     assert int(env[GRACE_VARIABLE]) <= head["template"]["spec"]["terminationGracePeriodSeconds"]
     if manifest["kind"] != "RayCluster":
-        entrypoint = spec["entrypoint"]
-        overrides = re.findall(r'"?((?:training|ray|ingest)\.\w+=(?:\{[^}]*\}|\S+?))"?(?=[\s\']|$)', entrypoint)
-        config = load_config(ROOT / "configs/demo.yaml", overrides)
-        assert config.training.gpu
-        assert config.ray.worker_labels == workers["trainer"]["labels"]
-        assert config.ray.data_labels == workers["data"]["labels"]
-        for script in re.findall(r"jobs/\w+\.py", entrypoint):
+        commands = [part for part in re.split(r"[;']", spec["entrypoint"]) if "jobs/" in part]
+        for command in commands:  # the cluster starts with its head alone: each job asks for the nodes that it needs
+            words = shlex.split(command)
+            script = next(word for word in words if word.startswith("jobs/"))
             assert (ROOT / script).is_file()
+            overrides = [word for word in words if re.match(r"(training|ray|ingest)\.", word)]
+            config = load_config(ROOT / "configs/demo.yaml", overrides)
+            assert config.ray.wait_for_nodes_s >= 600
+            assert config.ray.data_labels == workers["data"]["labels"]
+            if script == "jobs/train.py":
+                assert config.training.gpu
+                assert config.ray.worker_labels == workers["trainer"]["labels"]
+        assert "jobs/train.py" in commands[-1]
 
 
 def test_an_unknown_field_of_a_manifest_is_refused() -> None:

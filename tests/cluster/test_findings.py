@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -185,6 +187,35 @@ def test_what_ray_data_starts_goes_where_the_config_says() -> None:
     finally:
         place_data(Placing())
     assert DataContext.get_current().execution_options.label_selector is None
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """A server that answers, and refuses."""
+
+    def do_GET(self) -> None:
+        self.send_response(403)
+        self.end_headers()
+        self.wfile.write(b"Invalid Host header")
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Nothing is printed."""
+
+
+def test_a_server_that_listens_and_refuses_is_no_mlflow_server() -> None:
+    """A port that is open is not enough: MLflow refuses host names that it was not told."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        problem = server_problem(f"http://kai:hunter2@127.0.0.1:{server.server_port}")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert problem is not None
+    assert "403" in problem
+    assert "Invalid Host header" in problem
+    assert "hunter2" not in problem
 
 
 def test_what_a_job_asks_an_autoscaler_for() -> None:
