@@ -320,7 +320,9 @@ class RaySettings(Strict):
     that must be left for Ray Data. ``worker_labels``, ``worker_resources``: labels that a trainer's node must have,
     custom resources that a trainer takes. ``data_labels``, ``data_resources``: the same of the tasks and actors of
     Ray Data in every job: generating, building, reading, scoring (docs/cluster.md). ``wait_for_nodes_s``: on an
-    autoscaled cluster, how long a job waits for the nodes that it needs; 0 refuses a cluster that has not got them."""
+    autoscaled cluster, how long a job waits for the nodes that it needs; 0 refuses a cluster that has not got them.
+    ``fall_back_labels``: where no nodes have come within ``fall_back_after_s``, those with these labels beside the
+    others are asked for: on-demand nodes where the cloud has no spot ones."""
 
     address: str | None = None
     local_cpus: int | None = Field(default=None, gt=0)
@@ -332,6 +334,8 @@ class RaySettings(Strict):
     data_labels: dict[str, str] = Field(default_factory=dict)
     data_resources: dict[str, float] = Field(default_factory=dict)
     wait_for_nodes_s: float = Field(default=0, ge=0)
+    fall_back_after_s: float = Field(default=300, gt=0)
+    fall_back_labels: dict[str, str] = Field(default_factory=dict)
 
 
 class Config(Strict):

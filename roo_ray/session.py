@@ -183,20 +183,48 @@ def wait_for_nodes(settings: RaySettings, workers: int, gpu: bool, say: Callable
     bundles, labels = bundles_of(settings, workers, gpu)
     wanted = f"{workers} x {_words(bundles[0])} for the trainers and " if workers else ""
     wanted += f"{settings.data_cpus:g} CPUs for data"
+    if _come(bundles, labels, 1):
+        return
+    say(f"waiting up to {settings.wait_for_nodes_s:g} s for nodes with {wanted}")
+    deadline = time.monotonic() + settings.wait_for_nodes_s
+    attempts = fall_backs(settings, workers, labels)
+    for number, (what, selectors) in enumerate(attempts, 1):
+        if what:
+            say(f"no such nodes yet: asking for nodes with {settings.fall_back_labels} for {what}")
+        left = deadline - time.monotonic()
+        if _come(bundles, selectors, left if number == len(attempts) else min(left, settings.fall_back_after_s)):
+            return
+    total = {name: n for name, n in ray.cluster_resources().items() if name in ("CPU", "GPU")}
+    raise ClusterError(
+        f"after {settings.wait_for_nodes_s:g} s (ray.wait_for_nodes_s) the cluster has {_words(total)}, and not free "
+        f"{wanted}; see ray status on the head: no node type may fit, max_workers be reached, or the cloud have none"
+    )
+
+
+def _come(bundles: list[dict[str, float]], labels: list[dict[str, str]], seconds: float) -> bool:
+    """Asks for places, and whether they are there and free within so many seconds."""
     group = placement_group(bundles, bundle_label_selector=labels if any(labels) else None)
     try:
-        if group.wait(1):
-            return
-        say(f"waiting up to {settings.wait_for_nodes_s:g} s for nodes with {wanted}")
-        if not group.wait(settings.wait_for_nodes_s):
-            total = {name: n for name, n in ray.cluster_resources().items() if name in ("CPU", "GPU")}
-            raise ClusterError(
-                f"after {settings.wait_for_nodes_s:g} s (ray.wait_for_nodes_s) the cluster has {_words(total)}, and "
-                f"not free {wanted}; "
-                "see ray status on the head: no node type may fit, max_workers be reached, or the cloud have none"
-            )
+        return bool(group.wait(max(seconds, 1)))
     finally:
         remove_placement_group(group)
+
+
+def fall_backs(
+    settings: RaySettings, workers: int, labels: list[dict[str, str]]
+) -> list[tuple[str, list[dict[str, str]]]]:
+    """What is asked for, one after the other: (for whom other nodes are asked for, labels of each bundle).
+
+    Ray's autoscaler takes node types by priority, and asks again and again for a type of which the cloud has none:
+    only other labels bring another type.
+    """
+    attempts = [("", labels)]
+    if settings.fall_back_labels:
+        others = [label | settings.fall_back_labels for label in labels]
+        if workers:
+            attempts.append(("the trainers", others[:workers] + labels[workers:]))
+        attempts.append(("the trainers and data" if workers else "data", others))
+    return attempts
 
 
 def bundles_of(settings: RaySettings, workers: int, gpu: bool) -> tuple[list[dict[str, float]], list[dict[str, str]]]:

@@ -19,6 +19,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from roo_ray.cluster.grace import GRACE_VARIABLE
+from roo_ray.cluster.price_files import read_prices
 from roo_ray.config import load_config
 from tests.cluster.heads import ROOT
 
@@ -52,7 +53,8 @@ def test_launcher_files_are_valid_for_ray(path: Path) -> None:
     for role in ("data", "trainer"):
         spot, on_demand = types[f"{role}_spot"], types[f"{role}_on_demand"]
         assert spot["priority"] > on_demand["priority"]
-        assert spot["labels"] == on_demand["labels"] == {"role": role}
+        assert spot["labels"] == {"role": role, "market": "spot"}
+        assert on_demand["labels"] == {"role": role, "market": "on_demand"}
         assert "spot" in str(spot["node_config"]).lower()
         assert "spot" not in str(on_demand["node_config"]).lower()
         assert ("GPU" in spot["resources"]) == (role == "trainer")
@@ -260,6 +262,25 @@ def test_the_mlflow_server_keeps_secrets_out_of_its_files() -> None:
             assert pod["spec"]["securityContext"]["runAsNonRoot"]
             for entry in pod["spec"]["containers"][0]["env"]:
                 assert "value" not in entry or "PASSWORD" not in entry["name"]
+
+
+def test_the_guide_names_what_there_is(tmp_path: Path) -> None:
+    """Its config and prices are valid, its jobs and files exist, and nodes have its labels."""
+    guide = (ROOT / "docs/cluster.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
+    content = {"name": "x", "schema": str(ROOT / "configs/schemas/synthetic.yaml"), **yaml.safe_load(block)}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    settings = load_config(tmp_path / "config.yaml").ray
+    for path in LAUNCHERS:
+        labels = [kind.get("labels", {}) for kind in yaml.safe_load(path.read_text())["available_node_types"].values()]
+        for wanted in (settings.data_labels, settings.worker_labels):
+            assert any((wanted | settings.fall_back_labels).items() <= label.items() for label in labels)
+    (prices,) = re.findall(r"prices.yaml <<EOF\n(.*?)EOF", guide, re.DOTALL)
+    (tmp_path / "prices.yaml").write_text(prices)
+    assert read_prices(str(tmp_path / "prices.yaml")).trainer_hour > 0
+    files = set(re.findall(r"\b((?:jobs|benchmarks|packaging|cluster|roo_ray)/[\w/.-]+\.\w+)", guide))
+    assert len(files) > 10
+    assert [name for name in files if not (ROOT / name).exists()] == []
 
 
 def test_no_secret_stands_in_any_file() -> None:
