@@ -178,7 +178,9 @@ def wait_for_nodes(settings: RaySettings, workers: int, gpu: bool, say: Callable
     """Asks an autoscaled cluster for what the job needs, and waits until it is there and free.
 
     Asked by a placement group, which ends with this process: a standing request to the autoscaler would outlive a
-    killed job, and keep its nodes. Raises ClusterError after ``settings.wait_for_nodes_s``.
+    killed job, and keep its nodes. Ray's autoscaler takes node types by priority, and asks again and again for a type
+    of which the cloud has none: after ``fall_back_after_s`` other labels bring another type. Raises ClusterError after
+    ``settings.wait_for_nodes_s``.
     """
     bundles, labels = bundles_of(settings, workers, gpu)
     wanted = f"{workers} x {_words(bundles[0])} for the trainers and " if workers else ""
@@ -187,13 +189,21 @@ def wait_for_nodes(settings: RaySettings, workers: int, gpu: bool, say: Callable
         return
     say(f"waiting up to {settings.wait_for_nodes_s:g} s for nodes with {wanted}")
     deadline = time.monotonic() + settings.wait_for_nodes_s
-    attempts = fall_backs(settings, workers, labels)
-    for number, (what, selectors) in enumerate(attempts, 1):
-        if what:
-            say(f"no such nodes yet: asking for nodes with {settings.fall_back_labels} for {what}")
-        left = deadline - time.monotonic()
-        if _come(bundles, selectors, left if number == len(attempts) else min(left, settings.fall_back_after_s)):
+    if settings.fall_back_labels:
+        if _come(bundles, labels, min(settings.wait_for_nodes_s, settings.fall_back_after_s)):
             return
+        missing = [
+            (whom, part)
+            for whom, part in (("the trainers", slice(workers)), ("data", slice(workers, None)))
+            if bundles[part] and not _come(bundles[part], labels[part], 1)
+        ]
+        for _, part in missing:
+            labels[part] = [label | settings.fall_back_labels for label in labels[part]]
+        if missing:
+            names = " and ".join(whom for whom, _ in missing)
+            say(f"no such nodes yet: asking for nodes with {settings.fall_back_labels} for {names}")
+    if _come(bundles, labels, deadline - time.monotonic()):
+        return
     total = {name: n for name, n in ray.cluster_resources().items() if name in ("CPU", "GPU")}
     raise ClusterError(
         f"after {settings.wait_for_nodes_s:g} s (ray.wait_for_nodes_s) the cluster has {_words(total)}, and not free "
@@ -208,23 +218,6 @@ def _come(bundles: list[dict[str, float]], labels: list[dict[str, str]], seconds
         return bool(group.wait(max(seconds, 1)))
     finally:
         remove_placement_group(group)
-
-
-def fall_backs(
-    settings: RaySettings, workers: int, labels: list[dict[str, str]]
-) -> list[tuple[str, list[dict[str, str]]]]:
-    """What is asked for, one after the other: (for whom other nodes are asked for, labels of each bundle).
-
-    Ray's autoscaler takes node types by priority, and asks again and again for a type of which the cloud has none:
-    only other labels bring another type.
-    """
-    attempts = [("", labels)]
-    if settings.fall_back_labels:
-        others = [label | settings.fall_back_labels for label in labels]
-        if workers:
-            attempts.append(("the trainers", others[:workers] + labels[workers:]))
-        attempts.append(("the trainers and data" if workers else "data", others))
-    return attempts
 
 
 def bundles_of(settings: RaySettings, workers: int, gpu: bool) -> tuple[list[dict[str, float]], list[dict[str, str]]]:

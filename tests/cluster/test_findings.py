@@ -16,7 +16,7 @@ from roo_ray.cluster.links import Links
 from roo_ray.cluster.probe import NodeFacts, server_problem, storage_problem, versions
 from roo_ray.config import Config, RaySettings, load_config
 from roo_ray.errors import ClusterError
-from roo_ray.session import Placing, bundles_of, fall_backs, place_data, placing, require_places
+from roo_ray.session import Placing, bundles_of, place_data, placing, require_places
 from tests.cluster.heads import ROOT, free_port
 
 GB = 10**9
@@ -229,16 +229,3 @@ def test_what_a_job_asks_an_autoscaler_for() -> None:
     bundles, labels = bundles_of(settings, 2, True)
     assert bundles == [{"CPU": 1, "GPU": 1, "fast": 1}] * 2 + [{"CPU": 1, "disk": 0.5}] * 2
     assert labels == [{"role": "trainer"}] * 2 + [{"role": "data"}] * 2
-
-
-def test_on_demand_nodes_are_asked_for_where_no_spot_ones_come() -> None:
-    labels = [{"role": "trainer"}, {"role": "data"}]
-    on_demand = {"market": "on_demand"}
-    settings = RaySettings(fall_back_labels=on_demand)
-    assert fall_backs(RaySettings(), 1, labels) == [("", labels)]
-    assert fall_backs(settings, 1, labels) == [
-        ("", labels),
-        ("the trainers", [labels[0] | on_demand, labels[1]]),
-        ("the trainers and data", [label | on_demand for label in labels]),
-    ]
-    assert fall_backs(settings, 0, labels[1:])[-1] == ("data", [labels[1] | on_demand])
