@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from roo_ray.errors import ClusterError
+from roo_ray.errors import BadInput, ClusterError
 from roo_ray.terminal import job_parser, read_config, run_job
 
 
@@ -50,13 +50,16 @@ def main() -> None:
         if tracking is None and config.tracking.enabled and len(nodes) > 1:
             show([fail("mlflow", "the store is an SQLite file, on several nodes", "set tracking.uri to a server")])
         state = 0.0
-        if manifest_versions(config.requests):
-            shape = shape_of(config, load_manifest(config.requests, config.requests_version))
-            state = sum(size for size, _ in shape.table_bytes.values()) / workers
-            costs = UnitCosts(fixed_s=0, per_megaflop_s=1)
-            show(preflight.check_plan(memory_of(shape, workers, costs), nodes, config))
-        else:
-            show([warn("plan", f"no data set at {config.requests} yet", "build it, then ask again")])
+        try:
+            if manifest_versions(config.requests):
+                shape = shape_of(config, load_manifest(config.requests, config.requests_version))
+                state = sum(size for size, _ in shape.table_bytes.values()) / workers
+                costs = UnitCosts(fixed_s=0, per_megaflop_s=1)
+                show(preflight.check_plan(memory_of(shape, workers, costs), nodes, config))
+            else:
+                show([warn("plan", f"no data set at {config.requests} yet", "build it, then ask again")])
+        except (BadInput, OSError) as error:  # a store that does not answer is an answer
+            show([fail("plan", f"{config.requests}: {error}", "see reach; mend the config or the data")])
         show(preflight.check_grace(nodes, state / 2e8))
         if any(finding.check in ("places", "resources") and finding.level != "ok" for finding in found):
             show([warn("network", "not measured: the workers have no places yet", "ask again when they have")])
