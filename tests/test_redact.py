@@ -16,7 +16,9 @@ from mlflow.tracking import MlflowClient
 from roo_ray.config import Tracking
 from roo_ray.errors import EXIT_FAILURE, ConfigError
 from roo_ray.redact import HIDDEN, is_secret, redact, redact_text
+from roo_ray.storage import join_path
 from roo_ray.terminal import print_table, run_job
+from roo_ray.training.launch import with_credentials
 from roo_ray.training.progress import make_say
 from roo_ray.training.tracking import RunHandle, RunLogger, open_run, where_to_look
 from tests.cluster.heads import ROOT
@@ -144,6 +146,23 @@ def test_what_jobs_print_carries_no_credentials(capsys: pytest.CaptureFixture[st
     printed = "".join(capsys.readouterr())
     assert "hunter2" not in printed
     assert printed.count("mlflow.example") == 6
+
+
+@pytest.mark.parametrize(
+    "storage",
+    [
+        "s3://id:hunter2@bucket/runs?region=eu",
+        "s3://bucket/runs?secret_key=hunter2&region=eu",
+        "s3://bucket/runs",
+        "/home/kai/runs",
+    ],
+)
+def test_a_path_in_a_file_has_no_credentials_and_gets_them_back(storage: str) -> None:
+    path = join_path(storage, "run", "epoch-0001")
+    stored = redact_text(path)
+    assert "hunter2" not in stored
+    assert with_credentials(stored, storage) == path
+    assert with_credentials("s3://elsewhere/x", storage) == "s3://elsewhere/x"
 
 
 FAILS = """

@@ -311,6 +311,15 @@ def save_json(config: Config, run_name: str, name: str, content: dict[str, Any])
         stream.write(json.dumps(content, indent=1).encode())
 
 
+def with_credentials(stored: str, storage: str) -> str:
+    """A path that was written to a file by ``redact_text``, with the credentials that are in ``storage``, if any."""
+    shown = redact_text(storage).partition("?")[0].rstrip("/")
+    base = stored.partition("?")[0]
+    if "://" not in storage or not base.startswith(f"{shown}/"):
+        return stored
+    return join_path(storage, base.removeprefix(f"{shown}/"))
+
+
 def find_checkpoint(config: Config, named: str) -> str:
     """A checkpoint's path: ``named`` is a run's name (its last checkpoint) or the path or URI of a checkpoint.
 
@@ -320,8 +329,7 @@ def find_checkpoint(config: Config, named: str) -> str:
     result_path = f"{base}/{named}/{RESULT_FILE}"
     if "://" not in named and filesystem.get_file_info(result_path).is_file:
         with filesystem.open_input_stream(result_path) as stream:
-            stored = str(json.loads(stream.read())["checkpoint"])  # without credentials: those of the config count
-        return join_path(config.storage, named, os.path.basename(stored.partition("?")[0]))
+            return with_credentials(json.loads(stream.read())["checkpoint"], config.storage)
     filesystem, path = open_filesystem(named)
     if not filesystem.get_file_info(f"{path}/{STATE_FILE}").is_file:
         raise ConfigError(
