@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from ray.data import DataContext
 
+from roo_ray import session
 from roo_ray.cluster import preflight
 from roo_ray.cluster.findings import Finding, worst
 from roo_ray.cluster.links import Links
@@ -229,3 +230,30 @@ def test_what_a_job_asks_an_autoscaler_for() -> None:
     bundles, labels = bundles_of(settings, 2, True)
     assert bundles == [{"CPU": 1, "GPU": 1, "fast": 1}] * 2 + [{"CPU": 1, "disk": 0.5}] * 2
     assert labels == [{"role": "trainer"}] * 2 + [{"role": "data"}] * 2
+
+
+def test_other_nodes_are_asked_for_where_the_first_do_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked for, one after the other, of a cluster that has data nodes and no spot trainers; that Ray's
+    autoscaler then brings them is in test_submitted_job."""
+    asked: list[list[dict[str, str]]] = []
+
+    def come(bundles: list[dict[str, float]], labels: list[dict[str, str]], seconds: float) -> bool:
+        asked.append([dict(label) for label in labels])
+        return all(label["role"] == "data" or "market" in label for label in labels)
+
+    monkeypatch.setattr(session, "_come", come)
+    settings = RaySettings(
+        worker_labels={"role": "trainer"},
+        data_labels={"role": "data"},
+        wait_for_nodes_s=60,
+        fall_back_after_s=5,
+        fall_back_labels={"market": "on_demand"},
+    )
+    said: list[str] = []
+    session.wait_for_nodes(settings, 2, True, said.append)
+    trainer, data = {"role": "trainer"}, {"role": "data"}
+    other = trainer | {"market": "on_demand"}
+    both = [trainer, trainer, data]
+    assert asked == [both, both, [trainer, trainer], [data], [other, other, data]]
+    assert "for the trainers" in said[-1]
+    assert "data" not in said[-1].partition("for the trainers")[2]
