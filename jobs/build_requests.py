@@ -20,7 +20,7 @@ def main() -> None:
     say = make_say()
     run_name = config.run_name or f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
-        with session.connect(config.ray, None, say, config.ingest.task_labels):
+        with session.connect(config.ray, None, say):
             manifest, run = prepare(config, run_name, say)
     except CheckFailed as refused:
         print_table("Validation report: refused, nothing is published", *report_table(report_json(refused.findings)))

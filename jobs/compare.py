@@ -26,7 +26,7 @@ def main() -> None:
 
     say = make_say()
     run_name = config.run_name or f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    with session.connect(config.ray, config.training, say, config.ingest.task_labels):
+    with session.connect(config.ray, config.training, say):
         if not manifest_versions(config.requests):
             prepare(config, run_name, say)
         compared = compare_forms(config, run_name, say, options.seconds)

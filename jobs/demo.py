@@ -40,7 +40,7 @@ def main() -> None:
     begin = time.perf_counter()
     say = make_say()
     run_name = config.run_name or f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    with session.connect(config.ray, config.training, say, config.ingest.task_labels):
+    with session.connect(config.ray, config.training, say):
         manifest, _ = prepare(config, run_name, say, job="train")
         trained = train(config, run_name, say)
         evaluated = evaluate(config, trained.checkpoint, f"{run_name}-evaluate", say)

@@ -33,7 +33,7 @@ def main() -> None:
     say = make_say()
     if options.against:
         other = find_checkpoint(config, options.against)
-        with session.connect(config.ray, config.training, say, config.ingest.task_labels):
+        with session.connect(config.ray, config.training, say):
             compared = compare_models(config, checkpoint, other, run_name, options.unit, options.replicates, say)
         print_table(
             f"{options.against} against {options.checkpoint}",
@@ -43,7 +43,7 @@ def main() -> None:
             f"resampled {options.replicates:,} times\nMLflow: {where_to_look(compared.run)}",
         )
         return
-    with session.connect(config.ray, config.training, say, config.ingest.task_labels):
+    with session.connect(config.ray, config.training, say):
         result = evaluate(config, checkpoint, run_name, say)
     print_table(
         f"Evaluated {checkpoint}",

@@ -21,6 +21,7 @@ def main() -> None:
     config = read_config(options)
 
     from roo_ray import session
+    from roo_ray.redact import redact_text
     from roo_ray.requests.forget import forget_users, resume_purge
     from roo_ray.requests.manifest import load_manifest
     from roo_ray.training.progress import make_say
@@ -28,7 +29,7 @@ def main() -> None:
     load_manifest(config.requests)  # says what is wrong before Ray starts
     if options.resume_purge:
         deleted = resume_purge(config.requests)
-        print(f"{config.requests}: {len(deleted):,} files of purged versions deleted")
+        print(redact_text(f"{config.requests}: {len(deleted):,} files of purged versions deleted"))
         return
     with session.connect(config.ray):
         report = forget_users(config.requests, options.users, config.build, make_say())

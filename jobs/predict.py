@@ -27,7 +27,7 @@ def main() -> None:
 
     say = make_say()
     begin = time.perf_counter()
-    with session.connect(config.ray, None, say, config.ingest.task_labels):
+    with session.connect(config.ray, None, say):
         done = predict(config, options.model, resolve_path(options.output), say, options.actors)
     seconds = time.perf_counter() - begin
     print_table(

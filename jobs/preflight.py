@@ -6,9 +6,8 @@ One line a check: ok, warn or fail, with what to do. Exits with 2 where a check 
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 
-from roo_ray.errors import ClusterError
+from roo_ray.errors import BadInput, ClusterError
 from roo_ray.terminal import job_parser, read_config, run_job
 
 
@@ -31,7 +30,7 @@ def main() -> None:
     def show(findings: list[Finding]) -> None:
         found.extend(findings)
         for finding in findings:
-            print(finding.line(), flush=True)
+            print(redact_text(finding.line()), flush=True)
 
     with session.connect(config.ray, config.training, print, check="nothing"):
         tracking = (config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")) if config.tracking.enabled else None
@@ -40,25 +39,27 @@ def main() -> None:
         show(preflight.check_places(config, nodes))
         try:
             training = config.training
-            session.require_resources(workers, config.ray.cpus_per_worker, config.ray.data_cpus, training.gpu)
+            session.require_resources(config.ray, workers, training.gpu)
             show([ok("resources", "enough CPUs and GPUs, and they are free")])
         except ClusterError as error:
             level = warn if config.ray.wait_for_nodes_s else fail
             show([level("resources", str(error), "see places")])
-        places = [redact_text(place) for place in (config.storage, config.requests, tracking) if place]
-        nodes_shown = [replace(n, problems={redact_text(k): v for k, v in n.problems.items()}) for n in nodes]
-        show([*preflight.check_reach(nodes_shown, places), *preflight.check_memory(nodes)])
+        places = [place for place in (config.storage, config.requests, tracking) if place]
+        show([*preflight.check_reach(nodes, places), *preflight.check_memory(nodes)])
         show(preflight.check_local_paths(nodes, [config.storage, config.requests]))
         if tracking is None and config.tracking.enabled and len(nodes) > 1:
             show([fail("mlflow", "the store is an SQLite file, on several nodes", "set tracking.uri to a server")])
         state = 0.0
-        if manifest_versions(config.requests):
-            shape = shape_of(config, load_manifest(config.requests, config.requests_version))
-            state = sum(size for size, _ in shape.table_bytes.values()) / workers
-            costs = UnitCosts(fixed_s=0, per_megaflop_s=1)
-            show(preflight.check_plan(memory_of(shape, workers, costs), nodes, config))
-        else:
-            show([warn("plan", f"no data set at {redact_text(config.requests)} yet", "build it, then ask again")])
+        try:
+            if manifest_versions(config.requests):
+                shape = shape_of(config, load_manifest(config.requests, config.requests_version))
+                state = sum(size for size, _ in shape.table_bytes.values()) / workers
+                costs = UnitCosts(fixed_s=0, per_megaflop_s=1)
+                show(preflight.check_plan(memory_of(shape, workers, costs), nodes, config))
+            else:
+                show([warn("plan", f"no data set at {config.requests} yet", "build it, then ask again")])
+        except (BadInput, OSError) as error:  # a store that does not answer is an answer
+            show([fail("plan", f"{config.requests}: {error}", "see reach; mend the config or the data")])
         show(preflight.check_grace(nodes, state / 2e8))
         if any(finding.check in ("places", "resources") and finding.level != "ok" for finding in found):
             show([warn("network", "not measured: the workers have no places yet", "ask again when they have")])

@@ -27,14 +27,13 @@ def main() -> None:
 
     say = make_say()
     run_name = config.run_name or f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    data_labels = config.ingest.task_labels
     build = config.source is not None and not manifest_versions(config.requests)
     later = build and config.ray.wait_for_nodes_s  # no trainers' nodes idle while the data is built
-    with session.connect(config.ray, config.training, say, data_labels, "data" if later else "all"):
+    with session.connect(config.ray, config.training, say, "data" if later else "all"):
         if build:
             say(f"no request data set at {config.requests} yet: building it")
             prepare(config, run_name, say, job="train")
-            session.make_ready(config.ray, config.training, say, data_labels)
+            session.make_ready(config.ray, config.training, say)
         elif config.source is not None:
             say(f"the request data set at {config.requests} is there; jobs/build_requests.py builds it anew")
         if config.incremental is not None:

@@ -21,3 +21,7 @@ lock() {  # NAME, the command line's further arguments of uv
 lock cpu pyproject.toml --extra torchrec cluster/extra-cloud.in --override "$out/stub.txt"
 UV="env -u UV_FIND_LINKS -u UV_INDEX uv" lock gpu pyproject.toml --extra gpu cluster/extra-cloud.in --python-platform x86_64-manylinux_2_28
 lock mlflow cluster/mlflow/requirements.in
+{
+  echo "# Made by packaging/lock.sh: what builds the in-repo distributions; install with --no-deps --require-hashes."
+  awk '/^[a-zA-Z]/ { ours = /^setuptools==/ } ours' cluster/requirements-cpu.txt
+} > cluster/requirements-build.txt

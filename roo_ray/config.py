@@ -111,8 +111,6 @@ class Ingest(Strict):
     ``on_bad_shard``: a missing or damaged file is an error (``fail``), or skipped and counted (``skip``).
     ``reader``: ``ray_data`` (tasks on data nodes) or ``thread`` (a background thread of the trainer); both
     deliver the identical stream. ``prefetch_batches``: batches that a lane has ready.
-    ``task_labels``, ``task_resources``: of the nodes on which the tasks of ``ray_data`` may run: labels that a node
-    must have, custom resources that a task takes (docs/cluster.md).
     """
 
     lanes: int = Field(default=12, gt=0)
@@ -126,8 +124,6 @@ class Ingest(Strict):
     on_bad_shard: Literal["fail", "skip"] = "fail"
     reader: Literal["ray_data", "thread"] = "ray_data"
     prefetch_batches: int = Field(default=4, gt=0)
-    task_labels: dict[str, str] = Field(default_factory=dict)
-    task_resources: dict[str, float] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _some_budget(self) -> Ingest:
@@ -322,8 +318,11 @@ class RaySettings(Strict):
     ``local_cpus``: logical CPUs of a local Ray; by default the cores, and at least workers + 2, because Ray
     Data needs CPUs beside the trainers. ``cpus_per_worker``: CPUs that a trainer takes; ``data_cpus``: CPUs
     that must be left for Ray Data. ``worker_labels``, ``worker_resources``: labels that a trainer's node must have,
-    custom resources that a trainer takes. ``wait_for_nodes_s``: on an autoscaled cluster, how long a job waits for
-    the nodes that it needs; 0 refuses a cluster that has not got them."""
+    custom resources that a trainer takes. ``data_labels``, ``data_resources``: the same of the tasks and actors of
+    Ray Data in every job: generating, building, reading, scoring (docs/cluster.md). ``wait_for_nodes_s``: on an
+    autoscaled cluster, how long a job waits for the nodes that it needs; 0 refuses a cluster that has not got them.
+    ``fall_back_labels``: where no nodes have come within ``fall_back_after_s``, those with these labels beside the
+    others are asked for: on-demand nodes where the cloud has no spot ones."""
 
     address: str | None = None
     local_cpus: int | None = Field(default=None, gt=0)
@@ -332,7 +331,11 @@ class RaySettings(Strict):
     object_store_bytes: int | None = Field(default=None, gt=0)
     worker_labels: dict[str, str] = Field(default_factory=dict)
     worker_resources: dict[str, float] = Field(default_factory=dict)
+    data_labels: dict[str, str] = Field(default_factory=dict)
+    data_resources: dict[str, float] = Field(default_factory=dict)
     wait_for_nodes_s: float = Field(default=0, ge=0)
+    fall_back_after_s: float = Field(default=300, gt=0)
+    fall_back_labels: dict[str, str] = Field(default_factory=dict)
 
 
 class Config(Strict):

@@ -10,8 +10,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from roo_ray.config import RaySettings, Training
@@ -54,6 +55,7 @@ from ray.data import DataContext  # noqa: E402
 from ray.util.placement_group import placement_group, remove_placement_group  # noqa: E402
 
 SECONDS_FOR_RESOURCES_TO_COME_BACK = 10.0
+PLACING = "roo_ray.placing"
 
 
 @contextmanager
@@ -61,14 +63,13 @@ def connect(
     settings: RaySettings,
     training: Training | None = None,
     say: Callable[[str], None] = lambda line: None,
-    data_labels: Mapping[str, str] | None = None,
     check: Literal["all", "data", "nothing"] = "all",
 ) -> Iterator[None]:
     """Joins the cluster at ``RAY_ADDRESS`` (a submitted job finds it set), or starts a local Ray on loopback
-    for the duration of the block, and checks that the trainers, if any, leave CPUs for Ray Data. ``say`` gets a
-    line before it begins. ``data_labels`` (``ingest.task_labels``): of the nodes on which Ray Data's tasks run.
-    ``check``: what must be there at once; with ``data`` the caller asks for the trainers by ``make_ready`` when it
-    needs them.
+    for the duration of the block, and checks that the trainers, if any, leave CPUs for Ray Data. Ray Data's tasks
+    and actors run on the nodes that the settings name (``data_labels``, ``data_resources``). ``say`` gets a line
+    before it begins. ``check``: what must be there at once; with ``data`` the caller asks for the trainers by
+    ``make_ready`` when it needs them.
 
     Raises ClusterError, before anything runs, where they do not fit.
     """
@@ -97,34 +98,31 @@ def connect(
             **options,
         )
     quiet_data_context()
+    place_data(Placing.of(settings))
     try:
         if check != "nothing":
-            make_ready(settings, training if check == "all" else None, say, data_labels)
+            make_ready(settings, training if check == "all" else None, say)
         yield
     finally:
         ray.shutdown()
 
 
-def make_ready(
-    settings: RaySettings,
-    training: Training | None,
-    say: Callable[[str], None],
-    data_labels: Mapping[str, str] | None = None,
-) -> None:
+def make_ready(settings: RaySettings, training: Training | None, say: Callable[[str], None]) -> None:
     """Waits for the nodes of the trainers, if any, and of the data tasks, where the cluster is autoscaled
     (``wait_for_nodes_s``). Raises ClusterError where they do not fit."""
     workers, gpu = (training.least_workers, training.gpu) if training else (0, False)
     if "RAY_ADDRESS" in os.environ and settings.wait_for_nodes_s:
-        wait_for_nodes(settings, workers, gpu, say, data_labels or {})
-    require_resources(workers, settings.cpus_per_worker, settings.data_cpus, gpu)
+        wait_for_nodes(settings, workers, gpu, say)
+    require_resources(settings, workers, gpu)
 
 
-def require_resources(workers: int, cpus_per_worker: float, data_cpus: float, gpu: bool) -> None:
-    """Raises ClusterError where the cluster has too few CPUs or GPUs for the trainers and Ray Data together, or
-    other jobs hold them.
+def require_resources(settings: RaySettings, workers: int, gpu: bool) -> None:
+    """Raises ClusterError where the cluster has too few CPUs or GPUs for the trainers and Ray Data together, too few
+    nodes of the labels and custom resources that they want, or where other jobs hold them.
 
     Two 1-CPU trainers on 2 CPUs would leave Ray Data none: the job would wait for ever without a word.
     """
+    cpus_per_worker, data_cpus = settings.cpus_per_worker, settings.data_cpus
     total = ray.cluster_resources()
     needed = workers * cpus_per_worker + data_cpus
     cpus = total.get("CPU", 0)
@@ -139,6 +137,7 @@ def require_resources(workers: int, cpus_per_worker: float, data_cpus: float, gp
             f"training.gpu is on and the cluster has {total.get('GPU', 0):g} GPUs for {workers} workers; "
             "lower training.workers, add GPU nodes, or set training.gpu=false"
         )
+    require_places(settings, workers, gpu, [node for node in ray.nodes() if node["Alive"]])
     wanted = {"CPU": needed} | ({"GPU": float(workers)} if gpu else {})
     deadline = time.monotonic() + SECONDS_FOR_RESOURCES_TO_COME_BACK
     while short := {name: n for name, n in wanted.items() if ray.available_resources().get(name, 0) < n}:
@@ -153,41 +152,80 @@ def require_resources(workers: int, cpus_per_worker: float, data_cpus: float, gp
         time.sleep(0.2)
 
 
-def wait_for_nodes(
-    settings: RaySettings, workers: int, gpu: bool, say: Callable[[str], None], data_labels: Mapping[str, str]
-) -> None:
+def require_places(settings: RaySettings, workers: int, gpu: bool, nodes: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ClusterError where too few nodes (entries of ``ray.nodes()``) have the labels and custom resources that
+    the config asks for: what is started for none would wait for ever. CPUs of all nodes together are not enough."""
+    bundles, labels = bundles_of(settings, workers, gpu)
+    for what, number, first in (("worker", workers, 0), ("data", len(bundles) - workers, workers)):
+        if not number or not (labels[first] or set(bundles[first]) - {"CPU", "GPU"}):
+            continue
+        there = [node for node in nodes if labels[first].items() <= node.get("Labels", {}).items()]
+        room = sum(
+            int(min(node["Resources"].get(name, 0.0) / one for name, one in bundles[first].items())) for node in there
+        )
+        if room < number:
+            keys = [f"ray.{what}_labels {labels[first]}"] if labels[first] else []
+            keys += [f"ray.{what}_resources {wants}"] if (wants := getattr(settings, f"{what}_resources")) else []
+            raise ClusterError(
+                f"the nodes with {' and '.join(keys)} ({len(there)} of {len(nodes)}) have room for {room} of "
+                f"{number} {'workers' if what == 'worker' else 'data CPUs'} of {_words(bundles[first])}; start nodes "
+                "with them (ray start --labels, --resources), correct the config, or on an autoscaled cluster set "
+                "ray.wait_for_nodes_s"
+            )
+
+
+def wait_for_nodes(settings: RaySettings, workers: int, gpu: bool, say: Callable[[str], None]) -> None:
     """Asks an autoscaled cluster for what the job needs, and waits until it is there and free.
 
     Asked by a placement group, which ends with this process: a standing request to the autoscaler would outlive a
-    killed job, and keep its nodes. Raises ClusterError after ``settings.wait_for_nodes_s``.
+    killed job, and keep its nodes. Ray's autoscaler takes node types by priority, and asks again and again for a type
+    of which the cloud has none: after ``fall_back_after_s`` other labels bring another type. Raises ClusterError after
+    ``settings.wait_for_nodes_s``.
     """
-    bundles, labels = bundles_of(settings, workers, gpu, data_labels)
+    bundles, labels = bundles_of(settings, workers, gpu)
     wanted = f"{workers} x {_words(bundles[0])} for the trainers and " if workers else ""
     wanted += f"{settings.data_cpus:g} CPUs for data"
+    if _come(bundles, labels, 1):
+        return
+    say(f"waiting up to {settings.wait_for_nodes_s:g} s for nodes with {wanted}")
+    deadline = time.monotonic() + settings.wait_for_nodes_s
+    if settings.fall_back_labels:
+        if _come(bundles, labels, min(settings.wait_for_nodes_s, settings.fall_back_after_s)):
+            return
+        missing = [
+            (whom, part)
+            for whom, part in (("the trainers", slice(workers)), ("data", slice(workers, None)))
+            if bundles[part] and not _come(bundles[part], labels[part], 1)
+        ]
+        for _, part in missing:
+            labels[part] = [label | settings.fall_back_labels for label in labels[part]]
+        if missing:
+            names = " and ".join(whom for whom, _ in missing)
+            say(f"no such nodes yet: asking for nodes with {settings.fall_back_labels} for {names}")
+    if _come(bundles, labels, deadline - time.monotonic()):
+        return
+    total = {name: n for name, n in ray.cluster_resources().items() if name in ("CPU", "GPU")}
+    raise ClusterError(
+        f"after {settings.wait_for_nodes_s:g} s (ray.wait_for_nodes_s) the cluster has {_words(total)}, and not free "
+        f"{wanted}; see ray status on the head: no node type may fit, max_workers be reached, or the cloud have none"
+    )
+
+
+def _come(bundles: list[dict[str, float]], labels: list[dict[str, str]], seconds: float) -> bool:
+    """Asks for places, and whether they are there and free within so many seconds."""
     group = placement_group(bundles, bundle_label_selector=labels if any(labels) else None)
     try:
-        if group.wait(1):
-            return
-        say(f"waiting up to {settings.wait_for_nodes_s:g} s for nodes with {wanted}")
-        if not group.wait(settings.wait_for_nodes_s):
-            total = {name: n for name, n in ray.cluster_resources().items() if name in ("CPU", "GPU")}
-            raise ClusterError(
-                f"after {settings.wait_for_nodes_s:g} s (ray.wait_for_nodes_s) the cluster has {_words(total)}, and "
-                f"not free {wanted}; "
-                "see ray status on the head: no node type may fit, max_workers be reached, or the cloud have none"
-            )
+        return bool(group.wait(max(seconds, 1)))
     finally:
         remove_placement_group(group)
 
 
-def bundles_of(
-    settings: RaySettings, workers: int, gpu: bool, data_labels: Mapping[str, str]
-) -> tuple[list[dict[str, float]], list[dict[str, str]]]:
+def bundles_of(settings: RaySettings, workers: int, gpu: bool) -> tuple[list[dict[str, float]], list[dict[str, str]]]:
     """The resources of the job's trainers, then of its data tasks, one CPU each; the labels of their nodes."""
     trainer = {"CPU": settings.cpus_per_worker} | ({"GPU": 1.0} if gpu else {}) | settings.worker_resources
     data = math.ceil(settings.data_cpus)
-    labels = [dict(settings.worker_labels)] * workers + [dict(data_labels)] * data
-    return [trainer] * workers + [{"CPU": 1.0}] * data, labels
+    labels = [dict(settings.worker_labels)] * workers + [dict(settings.data_labels)] * data
+    return [trainer] * workers + [{"CPU": 1.0} | settings.data_resources] * data, labels
 
 
 def _words(resources: Mapping[str, float]) -> str:
@@ -197,6 +235,33 @@ def _words(resources: Mapping[str, float]) -> str:
 def alive_nodes() -> int:
     """Nodes of the cluster that are alive."""
     return sum(bool(node["Alive"]) for node in ray.nodes())
+
+
+@dataclass(frozen=True)
+class Placing:
+    """Where Ray Data's tasks and actors run: labels of their nodes, and custom resources that each takes."""
+
+    labels: dict[str, str] = field(default_factory=dict)
+    resources: dict[str, float] = field(default_factory=dict)
+
+    @staticmethod
+    def of(settings: RaySettings) -> Placing:
+        """What the config says."""
+        return Placing(dict(settings.data_labels), dict(settings.data_resources))
+
+
+def place_data(placing: Placing) -> None:
+    """From here on this process's Ray Data starts tasks and actors on such nodes only, whatever the operator. It
+    knows labels by itself; custom resources are an argument of each operator (``placing().resources``)."""
+    context = DataContext.get_current()
+    context.execution_options.label_selector = dict(placing.labels) or None
+    context.set_config(PLACING, placing)
+
+
+def placing() -> Placing:
+    """What ``place_data`` has set in this process."""
+    found = DataContext.get_current().get_config(PLACING)
+    return found if isinstance(found, Placing) else Placing()
 
 
 def quiet_data_context() -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from roo_ray.config import Config, load_config
 from roo_ray.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, BadInput, RooError, Stopped
-from roo_ray.redact import redact_text
+from roo_ray.redact import guard_process, redact_text, redacted_traceback
 
 
 def job_parser(description: str) -> argparse.ArgumentParser:
@@ -36,7 +36,9 @@ def read_config(options: argparse.Namespace) -> Config:
 
 def run_job(main: Callable[[], None]) -> None:
     """Runs a job and exits: 0 done, 2 bad input, 1 another failure that roo_ray names (the message alone), 143 told
-    to end by SIGTERM, 1 any other failure (with traceback). Messages are shown without credentials of URIs."""
+    to end by SIGTERM, 1 any other failure (with traceback). Messages, tracebacks and log records are shown without
+    credentials."""
+    guard_process()
     try:
         main()
     except BadInput as error:
@@ -51,6 +53,9 @@ def run_job(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+    except Exception as error:
+        print(redacted_traceback(error), end="", file=sys.stderr, flush=True)
+        sys.exit(EXIT_FAILURE)
     sys.exit(EXIT_OK)
 
 

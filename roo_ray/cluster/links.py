@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import ray
 import torch
@@ -48,34 +48,66 @@ class _Rank:
         return str(ray.get_runtime_context().get_node_id())
 
     def measure(self, address: str, rank: int, world: int, gpu: bool, size: int) -> tuple[float, float, float]:
-        timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
-        device = torch.device("cuda", 0) if gpu else torch.device("cpu")
-        dist.init_process_group("nccl" if gpu else "gloo", address, timeout, world_size=world, rank=rank)
-        try:
-            values = torch.full((size // 4 // world * world,), float(rank), device=device)
-            out = torch.empty_like(values)
+        return measure_rank(address, rank, world, gpu, size)
 
-            def seconds(call: Any) -> float:
-                best = float("inf")
-                for _ in range(ROUNDS):
-                    dist.barrier()
-                    begin = time.perf_counter()
-                    call()
-                    if gpu:
-                        torch.cuda.synchronize()
-                    best = min(best, time.perf_counter() - begin)
-                return best
 
-            exchanged = seconds(lambda: dist.all_to_all_single(out, values))
-            parts = out.reshape(world, -1)[:, 0].tolist()
-            if parts != [float(other) for other in range(world)]:
-                raise RuntimeError(f"all-to-all mixes up ranks: {parts}")
-            one = torch.ones(1, device=device)
-            latency = seconds(lambda: dist.all_reduce(one))
-            reduced = seconds(lambda: dist.all_reduce(values))
-            return reduced, exchanged, latency
-        finally:
-            dist.destroy_process_group()
+def measure_rank(address: str, rank: int, world: int, gpu: bool, size: int) -> tuple[float, float, float]:
+    """Seconds that a rank takes to all-reduce ``size`` bytes, to exchange them all-to-all, and to all-reduce a single
+    number, each the best of some rounds. One path for NCCL on GPUs and gloo on CPUs.
+
+    ``address``: where rank 0 waits for the others, ``tcp://HOST:PORT``. Raises RuntimeError where what comes is not
+    what the others have sent; what torch raises where they do not meet.
+    """
+    timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    device = torch.device("cuda", 0) if gpu else torch.device("cpu")
+    dist.init_process_group(backend_of(gpu), address, timeout, world_size=world, rank=rank)
+    try:
+        values = torch.full((size // 4 // world * world,), float(rank), device=device)
+        out = torch.empty_like(values)
+
+        def seconds(call: Callable[[], object]) -> float:
+            best = float("inf")
+            for _ in range(ROUNDS):
+                dist.barrier()
+                begin = time.perf_counter()
+                call()
+                if gpu:
+                    torch.cuda.synchronize()
+                best = min(best, time.perf_counter() - begin)
+            return best
+
+        exchanged = seconds(lambda: dist.all_to_all_single(out, values))
+        parts = out.reshape(world, -1)[:, 0].tolist()
+        if parts != [float(other) for other in range(world)]:
+            raise RuntimeError(f"all-to-all mixes up ranks: {parts}")
+        one = torch.ones(1, device=device)
+        latency = seconds(lambda: dist.all_reduce(one))
+        if one.item() != float(world**ROUNDS):
+            raise RuntimeError(f"all-reduce sums up to {one.item():g} and not to {world**ROUNDS}")
+        reduced = seconds(lambda: dist.all_reduce(values))
+        return reduced, exchanged, latency
+    finally:
+        dist.destroy_process_group()
+
+
+def backend_of(gpu: bool) -> str:
+    """What the trainers' process group is made of."""
+    return "nccl" if gpu else "gloo"
+
+
+def links_of(times: Sequence[tuple[float, float, float]], gpu: bool, nodes: int, size: int) -> Links:
+    """Bandwidths from what ``measure_rank`` gave on each rank: the slowest counts."""
+    world = len(times)
+    reduced, exchanged, latency = (max(column) for column in zip(*times, strict=True))
+    share = (world - 1) / world  # of a rank's bytes that leave it
+    return Links(
+        backend_of(gpu),
+        world,
+        nodes,
+        2 * share * size / reduced if world > 1 else 0.0,
+        share * size / exchanged if world > 1 else 0.0,
+        latency,
+    )
 
 
 def measure_links(config: Config, size: int = 16_000_000) -> Links:
@@ -108,13 +140,4 @@ def measure_links(config: Config, size: int = 16_000_000) -> Links:
             raise ClusterError(f"the {world} workers do not reach each other: {reason}") from None
     finally:
         remove_placement_group(group)
-    reduced, exchanged, latency = (max(column) for column in zip(*times, strict=True))
-    share = (world - 1) / world  # of a rank's bytes that leave it
-    return Links(
-        "nccl" if training.gpu else "gloo",
-        world,
-        nodes,
-        2 * share * size / reduced if world > 1 else 0.0,
-        share * size / exchanged if world > 1 else 0.0,
-        latency,
-    )
+    return links_of(times, training.gpu, nodes, size)

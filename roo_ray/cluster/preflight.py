@@ -72,7 +72,7 @@ def check_places(config: Config, nodes: Sequence[NodeFacts]) -> list[Finding]:
     training, settings = config.training, config.ray
     for what, wanted in (
         ("ray.worker_labels", settings.worker_labels),
-        ("ingest.task_labels", config.ingest.task_labels),
+        ("ray.data_labels", settings.data_labels),
     ):
         if wanted and not any(wanted.items() <= node.labels.items() for node in nodes):
             todo = "label the nodes (cluster/*.yaml), or wait for the autoscaler: ray.wait_for_nodes_s"

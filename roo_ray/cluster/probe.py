@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import socket
 import uuid
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -19,9 +18,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from roo_ray.cluster.grace import grace_seconds
 from roo_ray.redact import redact_text
 from roo_ray.storage import join_path, open_filesystem
+from roo_ray.training.tracking import store_problem
 
 DISTRIBUTIONS = ("ray", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "pyarrow", "numpy", "mlflow", "roo-ray")
-SERVER_TIMEOUT_S = 5.0
 PROBE_TIMEOUT_S = 120.0
 
 
@@ -76,16 +75,11 @@ def storage_problem(path: str, writes: bool) -> str | None:
 
 
 def server_problem(uri: str) -> str | None:
-    """Why no server answers at an http address, or None."""
-    address = urlsplit(uri)
-    if address.scheme not in ("http", "https"):
+    """Why the MLflow server at an http address does not answer a question of a run's kind (down, another server, a
+    host name or token that it refuses), or None."""
+    if urlsplit(uri).scheme not in ("http", "https"):
         return None
-    port = address.port or (443 if address.scheme == "https" else 80)
-    try:
-        socket.create_connection((address.hostname or "", port), timeout=SERVER_TIMEOUT_S).close()
-    except OSError as error:
-        return str(error)
-    return None
+    return store_problem(uri)
 
 
 def facts_here(node: dict[str, Any], written: list[str], read: list[str], tracking: str | None) -> NodeFacts:

@@ -15,11 +15,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from pydantic import Field
 
 from roo_ray.config import Config
 from roo_ray.errors import ConfigError
+from roo_ray.ingest.expected import expected_steps, kept_events, mean_cost
+from roo_ray.ingest.holdout import select_files
 from roo_ray.models.cost import training_megaflops
 from roo_ray.models.embeddings import lookup_features
 from roo_ray.models.ranking import make_towers
@@ -63,8 +66,9 @@ class Prices(Strict):
 
 @dataclass(frozen=True)
 class Shape:
-    """What a run does, whatever it runs on. ``steps``: of an epoch; per step over all lanes: ``requests`` and
-    ``megaflops``; ``lookup_bytes``: looked-up embeddings of a request."""
+    """What a run does, whatever it runs on. ``steps``: of an epoch; per step over all lanes, in the mean:
+    ``requests`` and ``megaflops``; ``full_requests``: of a step with full batches, where there are more;
+    ``lookup_bytes``: looked-up embeddings of a request."""
 
     steps: int
     requests: float
@@ -74,6 +78,7 @@ class Shape:
     dense_bytes: float
     epochs: int
     lanes: int
+    full_requests: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -92,18 +97,19 @@ class Prediction:
 
 
 def shape_of(config: Config, manifest: Manifest) -> Shape:
-    """The run of ``config`` on a data set, from the means in its manifest. Raises ConfigError for no data."""
+    """The run of ``config`` on a data set: its plan, with the mean requests of the manifest. Raises ConfigError for no
+    data, DataError where nothing would be trained on."""
     if not manifest.requests:
         raise ConfigError(f"{config.requests} has no requests to size a run by")
     schema, ingest = config.request_schema, config.ingest
     impressions = max(manifest.impressions / manifest.requests, 1.0)
     tokens = manifest.tokens / manifest.requests
-    one, t, tt, n, nt = training_megaflops(schema, config.model)
-    work = one + t * tokens + tt * tokens**2 + n * impressions + nt * impressions * tokens
+    coefficients = training_megaflops(schema, config.model)
+    work = float(mean_cost(schema, coefficients, np.array(impressions), np.array(tokens)))
     fits = [ingest.batch_impressions / impressions] if ingest.batch_impressions else []
     fits += [ingest.batch_cost / work] if ingest.batch_cost else []
     per_lane = max(min(fits), 1.0)
-    events = tokens / max(len(schema.sequences), 1)
+    events = float(kept_events(schema, np.array(tokens))[0]) / max(len(schema.sequences), 1)
     lookup, tables = 0.0, {}
     impression_level = {f.name for f in schema.features if f.level == "impression"}
     weight = FLOAT if config.model.embeddings.weights == "fp32" else 2
@@ -117,11 +123,14 @@ def shape_of(config: Config, manifest: Manifest) -> Shape:
         tables[table] = (float(rows * (dim * (weight + state * FLOAT) + FLOAT)), row_wise)
     with torch.random.fork_rng(devices=[]):
         dense = sum(p.numel() for p in make_towers(schema, config.model).parameters())
-    trained = manifest.requests * training_share(config, manifest)
+    trained = float(sum(file.requests for file in select_files(manifest, config.holdout, "train")))
+    trained *= 1.0 - config.holdout.fraction if config.holdout.by == "request" else 1.0
+    steps = max(1, round(expected_steps(config, manifest, coefficients)))
     return Shape(
-        steps=max(1, math.ceil(trained / (per_lane * ingest.lanes))),
-        requests=min(per_lane * ingest.lanes, trained),
-        megaflops=min(per_lane * ingest.lanes, trained) * work,
+        steps=steps,
+        requests=trained / steps,
+        megaflops=trained / steps * work,
+        full_requests=min(per_lane * ingest.lanes, trained),
         lookup_bytes=lookup,
         table_bytes=tables,
         dense_bytes=float(dense * FLOAT),
@@ -130,24 +139,18 @@ def shape_of(config: Config, manifest: Manifest) -> Shape:
     )
 
 
-def training_share(config: Config, manifest: Manifest) -> float:
-    """The share of the requests that is trained on."""
-    if config.holdout.by == "request":
-        return 1.0 - config.holdout.fraction
-    held = set(manifest.days[-config.holdout.days :])
-    return 1.0 - sum(file.requests for file in manifest.files if file.day in held) / manifest.requests
-
-
 def memory_of(shape: Shape, workers: int, costs: UnitCosts) -> float:
     """Bytes that the fullest worker holds: its tables with their optimizer's state (row-wise tables are split, the
     others dealt out largest first), the dense part with gradients and Adam's two moments, looked-up embeddings with
-    gradients and the exchange's buffer, and what the step's work holds until backward."""
+    gradients and the exchange's buffer, and what the step's work holds until backward; all of a full batch."""
     loads = [sum(size for size, split in shape.table_bytes.values() if split) / workers] * workers
     for size in sorted((size for size, split in shape.table_bytes.values() if not split), reverse=True):
         loads[loads.index(min(loads))] += size
     lanes = math.ceil(shape.lanes / workers) / shape.lanes
-    lookups = 3 * shape.lookup_bytes * shape.requests * lanes
-    return max(loads) + 4 * shape.dense_bytes + lookups + shape.megaflops * lanes * costs.activation_bytes_per_megaflop
+    full = max(shape.full_requests, shape.requests)
+    lookups = 3 * shape.lookup_bytes * full * lanes
+    work = shape.megaflops * full / shape.requests
+    return max(loads) + 4 * shape.dense_bytes + lookups + work * lanes * costs.activation_bytes_per_megaflop
 
 
 def predict(shape: Shape, workers: int, costs: UnitCosts, prices: Prices, saves: int = 1) -> Prediction:

@@ -12,7 +12,7 @@ import asyncio
 import pickle
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -43,13 +43,11 @@ def _read_block(block: pa.Table, settings: PackSettings) -> Iterator[pa.Table]:
             return
 
 
-def read_blocks(
-    settings: PackSettings, some_parcels: Iterable[Parcel], held_cpus: float, placing: Mapping[str, Any] | None = None
-) -> Iterator[tuple[int, Any]]:
-    """(rank, reference to the packed table) of each parcel, in their order, read by Ray Data.
+def read_blocks(settings: PackSettings, some_parcels: Iterable[Parcel], held_cpus: float) -> Iterator[tuple[int, Any]]:
+    """(rank, reference to the packed table) of each parcel, in their order, read by Ray Data where this process's
+    data tasks run (``session.place_data``).
 
-    ``held_cpus``: CPUs of the cluster that are not for reading. ``placing``: where the tasks may run, as options of
-    Ray tasks. Ray must be initialised.
+    ``held_cpus``: CPUs of the cluster that are not for reading. Ray must be initialised.
     """
     session.quiet_data_context()
     context = DataContext.get_current()
@@ -69,7 +67,7 @@ def read_blocks(
             zero_copy_batch=True,
             fn_kwargs={"settings": settings},
             num_cpus=1,
-            **(placing or {}),
+            resources=session.placing().resources,
         )
         ranks = iter([parcel.rank for parcel in some])
         bundles = packed.iter_internal_ref_bundles()
@@ -85,17 +83,14 @@ def read_blocks(
             raise RuntimeError("Ray Data ended with windows missing")
 
 
-def placing(settings: StreamSettings) -> dict[str, Any]:
-    """Options of the reading tasks that keep them on the nodes meant for them."""
-    ingest = settings.ingest
-    labels = {"label_selector": dict(ingest.task_labels)} if ingest.task_labels else {}
-    return labels | ({"resources": dict(ingest.task_resources)} if ingest.task_resources else {})
-
-
 class Feed:
-    """Runs in an actor of its own; see the module's docstring. ``owners``: the lanes of each rank."""
+    """Runs in an actor of its own; see the module's docstring. ``owners``: the lanes of each rank. ``placing``: where
+    the reading tasks run."""
 
-    def __init__(self, settings: StreamSettings, owners: Sequence[Sequence[int]], held_cpus: float) -> None:
+    def __init__(
+        self, settings: StreamSettings, owners: Sequence[Sequence[int]], held_cpus: float, placing: session.Placing
+    ) -> None:
+        session.place_data(placing)
         self.owner = {lane: rank for rank, lanes in enumerate(owners) for lane in lanes}
         self.queues: list[deque[Any]] = [deque() for _ in owners]
         self.changed = threading.Condition()
@@ -115,7 +110,7 @@ class Feed:
             windows = (window for plan in plans for window in plan.reading_order(lanes, settings.start))
             store = ray.cluster_resources().get("object_store_memory", 0.0)
             together = parcels(windows, self.owner, PackedSize(settings.schema), parcel_bytes(store, len(self.queues)))
-            for rank, block in read_blocks(packing, together, held_cpus, placing(settings)):
+            for rank, block in read_blocks(packing, together, held_cpus):
                 with self.changed:
                     self.queues[rank].append(block)
                     self.most[rank] = max(self.most[rank], len(self.queues[rank]))
@@ -171,8 +166,10 @@ def held_cpus(world_size: int) -> float:
 
 
 def open_feed(settings: StreamSettings, owners: Sequence[Sequence[int]], held: float) -> Any:
-    """The actor that feeds ranks which own these lanes; it ends with the last handle on it. It takes no CPU."""
-    return ray.remote(Feed).options(num_cpus=0, max_concurrency=len(owners) + 1).remote(settings, owners, held)
+    """The actor that feeds ranks which own these lanes; it ends with the last handle on it. It takes no CPU. Its
+    reading tasks run where the caller's data tasks do."""
+    actor = ray.remote(Feed).options(num_cpus=0, max_concurrency=len(owners) + 1)
+    return actor.remote(settings, owners, held, session.placing())
 
 
 def blocks_of_rank(feed: Any, rank: int) -> Iterator[pa.Table]:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import ray
 
+from roo_ray import session
 from roo_ray.allocator import keep_freed_memory, return_freed_memory
 from roo_ray.errors import BadInput, DataError, RooError
 from roo_ray.requests.stages import readable_failure
@@ -62,7 +63,11 @@ def run_tasks(
     # the plan travels once, with the function, not with each task
     items = [{"number": number, "task": pickle.dumps((function, task))} for number, task in enumerate(tasks)]
     data = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        _run_task, batch_size=None, batch_format="pyarrow", fn_kwargs={"plan": plan, "what": what}
+        _run_task,
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={"plan": plan, "what": what},
+        resources=session.placing().resources,
     )
     results: dict[int, Result] = {}
     failures: dict[int, RooError] = {}

@@ -23,12 +23,14 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
+from roo_ray import session
 from roo_ray.config import Config
 from roo_ray.errors import BadInput, ConfigError, DataError
 from roo_ray.ingest.lists import ranges, split_lists
 from roo_ray.ingest.plan import UnitRef, units_of
 from roo_ray.ingest.read import NUM_IMPRESSIONS
 from roo_ray.ingest.rows import read_requests
+from roo_ray.redact import redact
 from roo_ray.requests.manifest import Manifest, load_manifest
 from roo_ray.schema import Schema
 from roo_ray.serving.export import export_model, input_types
@@ -166,6 +168,7 @@ def predict(config: Config, model: str, output: str, say: Callable[[str], None],
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=max(1, min(actors, len(items)))),
             num_cpus=1,
+            resources=session.placing().resources,
         )
         rows = data.take_all()
         errors = [row["error"] for row in rows if row["error"]]
@@ -180,7 +183,7 @@ def predict(config: Config, model: str, output: str, say: Callable[[str], None],
         note = {"requests": requests, "impressions": impressions, "files": len(items), "model": model}
         note |= {"data_set": config.requests, "data_version": manifest.version, "data_digest": manifest.digest()}
         with filesystem.open_output_stream(f"{staging if local else base}/{NOTE}") as stream:
-            stream.write(json.dumps(note, indent=1).encode())
+            stream.write(json.dumps(redact(note), indent=1).encode())
         if local:
             Path(base).parent.mkdir(parents=True, exist_ok=True)
             Path(staging).rename(base)

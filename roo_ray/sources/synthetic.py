@@ -207,6 +207,8 @@ def generate(source: SyntheticSource, progress: Callable[[str], None]) -> Synthe
     import ray
     from ray.exceptions import RayError
 
+    from roo_ray import session
+
     check_settings(source)
     folder = _Folder.open(source.path)
     if folder.filesystem.get_file_info(folder.base).type == pafs.FileType.File:
@@ -221,7 +223,8 @@ def generate(source: SyntheticSource, progress: Callable[[str], None]) -> Synthe
     totals = {side: np.zeros(LOGIT_BINS) for side in ("positives", "negatives")}
     requests = impressions = clicks = 0
     progress(f"generating {source.requests:,} requests into {source.path}")
-    log = ray.data.range(tasks, override_num_blocks=tasks).map(partial(_write_task, source=source))
+    items = ray.data.from_items([{"id": task} for task in range(tasks)], override_num_blocks=tasks)
+    log = items.map(partial(_write_task, source=source), resources=session.placing().resources)
     try:
         for result in log.iter_rows():
             for side, total in totals.items():

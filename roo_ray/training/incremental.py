@@ -21,12 +21,13 @@ from pydantic import Field, ValidationError
 from roo_ray import session
 from roo_ray.config import Config, Holdout, Incremental
 from roo_ray.errors import ConfigError, DataError, PublishRefused
+from roo_ray.redact import redact_text
 from roo_ray.requests.manifest import load_manifest
 from roo_ray.schema import Strict
 from roo_ray.storage import join_path, open_filesystem
 from roo_ray.training.checkpoint import finite
 from roo_ray.training.job import BEFORE_FILE
-from roo_ray.training.launch import PLAN_FILE, train
+from roo_ray.training.launch import PLAN_FILE, train, with_credentials
 from roo_ray.training.progress import Say
 from roo_ray.training.tracking import RunHandle, RunLogger, open_run
 
@@ -62,9 +63,15 @@ def read_published(config: Config, series: str) -> Published | None:
     path = join_path(config.storage, series, PUBLISHED_FILE)
     content = _read(path)
     try:
-        return None if content is None else Published.model_validate_json(content)
+        found = None if content is None else Published.model_validate_json(content)
     except ValidationError as error:
         raise DataError(f"{path} is damaged: {error}") from None
+    if found is None:
+        return None
+    history = [
+        day.model_copy(update={"checkpoint": with_credentials(day.checkpoint, config.storage)}) for day in found.history
+    ]
+    return found.model_copy(update={"history": history})
 
 
 def _read(path: str) -> bytes | None:
@@ -79,7 +86,7 @@ def write_published(config: Config, series: str, published: Published) -> None:
     """Replaces ``published.json`` in one piece."""
     filesystem, path = open_filesystem(join_path(config.storage, series, PUBLISHED_FILE))
     filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-    content = json.dumps(published.model_dump(mode="json"), indent=1).encode()
+    content = redact_text(json.dumps(published.model_dump(mode="json"), indent=1)).encode()
     if isinstance(filesystem, pafs.LocalFileSystem):
         with open(f"{path}.part", "wb") as file:
             file.write(content)

@@ -24,6 +24,7 @@ from roo_ray.ingest.holdout import check_sides
 from roo_ray.ingest.plan import differences, plan_inputs
 from roo_ray.models.check import check_model
 from roo_ray.models.cost import training_megaflops
+from roo_ray.redact import redact_text
 from roo_ray.requests.manifest import Manifest, load_manifest, manifest_versions
 from roo_ray.review.record import review_evaluation, review_training
 from roo_ray.schema import Schema
@@ -237,7 +238,7 @@ def train(
             config,
             run_name,
             RESULT_FILE,
-            {"checkpoint": path, "metrics": finite(result.metrics), "mlflow_run_id": run.run_id},
+            {"checkpoint": redact_text(path), "metrics": finite(result.metrics), "mlflow_run_id": run.run_id},
         )
         if folder_size(path) <= CHECKPOINT_ARTIFACT_LIMIT:
             with result.checkpoint.as_directory() as folder:
@@ -310,6 +311,15 @@ def save_json(config: Config, run_name: str, name: str, content: dict[str, Any])
         stream.write(json.dumps(content, indent=1).encode())
 
 
+def with_credentials(stored: str, storage: str) -> str:
+    """A path that was written to a file by ``redact_text``, with the credentials that are in ``storage``, if any."""
+    shown = redact_text(storage).partition("?")[0].rstrip("/")
+    base = stored.partition("?")[0]
+    if "://" not in storage or not base.startswith(f"{shown}/"):
+        return stored
+    return join_path(storage, base.removeprefix(f"{shown}/"))
+
+
 def find_checkpoint(config: Config, named: str) -> str:
     """A checkpoint's path: ``named`` is a run's name (its last checkpoint) or the path or URI of a checkpoint.
 
@@ -319,7 +329,7 @@ def find_checkpoint(config: Config, named: str) -> str:
     result_path = f"{base}/{named}/{RESULT_FILE}"
     if "://" not in named and filesystem.get_file_info(result_path).is_file:
         with filesystem.open_input_stream(result_path) as stream:
-            return str(json.loads(stream.read())["checkpoint"])
+            return with_credentials(json.loads(stream.read())["checkpoint"], config.storage)
     filesystem, path = open_filesystem(named)
     if not filesystem.get_file_info(f"{path}/{STATE_FILE}").is_file:
         raise ConfigError(

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,19 @@ def _require_server(uri: str) -> None:
         ) from None
 
 
+def store_problem(uri: str) -> str | None:
+    """Why a store does not answer here, without credentials; None where it does. Asks for an experiment."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    try:
+        _require_server(uri)
+        MlflowClient(uri).search_experiments(max_results=1)
+    except (ConfigError, MlflowException, OSError) as error:
+        return redact_text(" ".join(str(error).split())[:300])
+    return None
+
+
 def software() -> dict[str, str]:
     """What the job runs on, as tags: versions, the code's commit where it is known, the job, the machine."""
     names = ("roo-ray", "torch", "torchrec", "ray", "pyarrow", "mlflow-skinny")
@@ -160,7 +174,11 @@ class RunLogger:
 
     def __init__(self, handle: RunHandle, say: Callable[[str], None] | None = None, end_wait: float = 30.0) -> None:
         self._handle = handle
-        self._say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+
+        def show(line: str) -> None:
+            (say or partial(print, file=sys.stderr, flush=True))(redact_text(line))
+
+        self._say = show
         self._end_wait = end_wait
         self._outbox = Outbox(handle.uri, handle.run_id, self._say) if handle.uri else None
         self._last_step: dict[str, int] = {}
@@ -199,11 +217,11 @@ class RunLogger:
         self._put(*entries)
 
     def text(self, content: str, path: str) -> None:
-        """Stores a text artifact."""
-        self._put({"kind": "text", "text": content, "path": path})
+        """Stores a text artifact, without credentials in it."""
+        self._put({"kind": "text", "text": redact_text(content), "path": path})
 
     def json(self, content: Any, path: str) -> None:
-        """Stores a JSON artifact."""
+        """Stores a JSON artifact, without credentials in it."""
         self.text(json.dumps(content, indent=1, default=str), path)
 
     def folder(self, local: str | Path, path: str) -> None:

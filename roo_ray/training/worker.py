@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from ray.train.torch import get_device
 
+from roo_ray import session
 from roo_ray.config import Config, Holdout
 from roo_ray.errors import ConfigError, Evicted, RooError, Stopped, TrainingDiverged
 from roo_ray.ingest.device import on_device
@@ -26,6 +27,7 @@ from roo_ray.metrics.curves import CURVES_FILE
 from roo_ray.models.cost import training_megaflops
 from roo_ray.models.keyed_random import set_epoch
 from roo_ray.models.ranking import RankingModel
+from roo_ray.redact import guard_process
 from roo_ray.training import checkpoint, evaluation
 from roo_ray.training.agreement import Flags
 from roo_ray.training.clock import TrainingClock
@@ -77,6 +79,8 @@ class Worker:
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = get_device()
+        guard_process()
+        session.place_data(session.Placing.of(self.config.ray))
         if self.device.type == "cpu":
             torch.set_num_threads(self.config.training.threads_per_worker)
         self.model = build_model(self.config, job, self.device)

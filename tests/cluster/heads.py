@@ -29,6 +29,7 @@ LISTS = (
     *("head_start_ray_commands", "worker_start_ray_commands"),
     *("cluster_synced_files", "rsync_exclude", "rsync_filter"),
 )
+PROVIDERS = Path(__file__).parent / "providers"
 HEAD_NODE_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 
 
@@ -48,14 +49,14 @@ class Head:
 
 
 def fake_autoscaler(node_types: dict[str, Any], port: int) -> dict[str, Any]:
-    """A launcher config whose nodes are processes of this machine."""
+    """A launcher config whose nodes are processes of this machine, none of them spot ones."""
     return {
         "cluster_name": "fake",
         "max_workers": 4,
         "idle_timeout_minutes": 0.2,  # longer than a job takes from waiting for nodes to using them
         "provider": {
             "type": "external",
-            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "module": "no_spot.NoSpot",
             "gcs_address": f"127.0.0.1:{port}",
             "head_node_id": HEAD_NODE_ID,
             "launch_multiple": True,
@@ -88,6 +89,7 @@ def ray_head(cpus: int, env: dict[str, str] | None = None, node_types: dict[str,
         env |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1"}
         # by it the autoscaler knows the head as its own; until the head runs it launches nothing
         env["RAY_CLOUD_INSTANCE_ID"] = HEAD_NODE_ID
+        env["PYTHONPATH"] = f"{PROVIDERS}:{env.get('PYTHONPATH', '')}".rstrip(":")
     log = folder / "head.log"
     with log.open("w") as stream:
         head = subprocess.Popen(command, env=env, stdout=stream, stderr=stream, start_new_session=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from roo_ray.cluster.grace import GRACE_VARIABLE
+from roo_ray.cluster.price_files import read_prices
 from roo_ray.config import load_config
 from tests.cluster.heads import ROOT
 
@@ -50,7 +53,8 @@ def test_launcher_files_are_valid_for_ray(path: Path) -> None:
     for role in ("data", "trainer"):
         spot, on_demand = types[f"{role}_spot"], types[f"{role}_on_demand"]
         assert spot["priority"] > on_demand["priority"]
-        assert spot["labels"] == on_demand["labels"] == {"role": role}
+        assert spot["labels"] == {"role": role, "market": "spot"}
+        assert on_demand["labels"] == {"role": role, "market": "on_demand"}
         assert "spot" in str(spot["node_config"]).lower()
         assert "spot" not in str(on_demand["node_config"]).lower()
         assert ("GPU" in spot["resources"]) == (role == "trainer")
@@ -122,14 +126,19 @@ def test_kuberay_manifests_fit_their_crd(path: Path) -> None:
     env = {item["name"]: item["value"] for item in head["template"]["spec"]["containers"][0]["env"]}
     assert int(env[GRACE_VARIABLE]) <= head["template"]["spec"]["terminationGracePeriodSeconds"]
     if manifest["kind"] != "RayCluster":
-        entrypoint = spec["entrypoint"]
-        overrides = re.findall(r'"?((?:training|ray|ingest)\.\w+=(?:\{[^}]*\}|\S+?))"?(?=[\s\']|$)', entrypoint)
-        config = load_config(ROOT / "configs/demo.yaml", overrides)
-        assert config.training.gpu
-        assert config.ray.worker_labels == workers["trainer"]["labels"]
-        assert config.ingest.task_labels == workers["data"]["labels"]
-        for script in re.findall(r"jobs/\w+\.py", entrypoint):
+        commands = [part for part in re.split(r"[;']", spec["entrypoint"]) if "jobs/" in part]
+        for command in commands:  # the cluster starts with its head alone: each job asks for the nodes that it needs
+            words = shlex.split(command)
+            script = next(word for word in words if word.startswith("jobs/"))
             assert (ROOT / script).is_file()
+            overrides = [word for word in words if re.match(r"(training|ray|ingest)\.", word)]
+            config = load_config(ROOT / "configs/demo.yaml", overrides)
+            assert config.ray.wait_for_nodes_s >= 600
+            assert config.ray.data_labels == workers["data"]["labels"]
+            if script == "jobs/train.py":
+                assert config.training.gpu
+                assert config.ray.worker_labels == workers["trainer"]["labels"]
+        assert "jobs/train.py" in commands[-1]
 
 
 def test_an_unknown_field_of_a_manifest_is_refused() -> None:
@@ -151,7 +160,7 @@ def test_docker_files(path: Path) -> None:
     steps = instructions(path)
     verbs = [verb for verb, _ in steps]
     assert set(verbs) <= {"FROM", "ARG", "ENV", "SHELL", "RUN", "WORKDIR", "COPY", "USER", "EXPOSE", "CMD"}
-    assert re.fullmatch(r"python:3\.11\.\d+-slim-bookworm", dict(steps)["FROM"])  # a pinned version
+    assert re.fullmatch(r"python:3\.11\.\d+-slim-bookworm@sha256:[0-9a-f]{64}", dict(steps)["FROM"])
     assert verbs.index("USER") > max(position for position, verb in enumerate(verbs) if verb == "RUN")
     assert dict(steps)["USER"] not in ("0", "root")
     for verb, arguments in steps:
@@ -162,7 +171,7 @@ def test_docker_files(path: Path) -> None:
         if verb == "RUN" and "pip install" in arguments:
             assert "--no-deps" in arguments
             assert "--require-hashes" in arguments or re.search(
-                r"pip install --no-deps \.(/packaging\S*)?( |$)", arguments
+                r"pip install --no-deps --no-build-isolation \.(/packaging\S*)?( |$)", arguments
             )
 
 
@@ -185,12 +194,57 @@ def test_lock_files_pin_all_with_hashes(path: Path) -> None:
         assert "--hash=sha256:" in entry, entry[:80]
         names.add(re.split(r"[=\[]", entry)[0].lower())
     assert not re.search(r"://|--index-url|--extra-index-url|--find-links", text)
-    if path.name != "requirements-mlflow.txt":
+    if path.name == "requirements-build.txt":
+        assert names == {"setuptools"}
+    elif path.name != "requirements-mlflow.txt":
         pinned = dict(re.findall(r"^([\w-]+)==(\S+)", text, flags=re.MULTILINE))
         assert (pinned["torch"].partition("+")[0], pinned["torchrec"], pinned["ray"]) == ("2.13.0", "1.8.0", "2.60.0")
         ours = "fbgemm-gpu" if "gpu" in path.name else "fbgemm-gpu-cpu"
         assert names & {"fbgemm-gpu", "fbgemm-gpu-cpu"} == {ours}
         assert any(name.startswith("nvidia-") for name in names) == ("gpu" in path.name)
+
+
+def test_the_compose_file_fits_the_compose_specification() -> None:
+    """Its schema comes with check-jsonschema."""
+    checker = shutil.which("check-jsonschema", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if checker is None:
+        pytest.skip("check-jsonschema is not installed; what the file promises is checked all the same")
+    command = [checker, "--builtin-schema", "vendor.compose-spec", str(CLUSTER / "mlflow/compose.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_what_the_compose_file_refers_to_is_there() -> None:
+    compose = yaml.safe_load((CLUSTER / "mlflow/compose.yaml").read_text())
+    assert set(compose) == {"name", "services", "secrets", "volumes"}
+    for service in compose["services"].values():
+        assert re.match(r"\S+:[\w.-]+(@sha256:[0-9a-f]{64})?$", service["image"])
+        assert ":latest" not in service["image"]
+        assert service["user"].split(":")[0] not in ("0", "root")
+        assert service["cap_drop"] == ["ALL"]
+        assert set(service["secrets"]) <= set(compose["secrets"])
+        assert all(volume.split(":")[0] in compose["volumes"] for volume in service.get("volumes", []))
+        assert set(service.get("depends_on", {})) <= set(compose["services"])
+    server = compose["services"]["mlflow"]
+    build = server["build"]
+    assert ((CLUSTER / "mlflow" / build["context"]).resolve() / build["dockerfile"]).is_file()
+    script = server["command"][-1].replace("$$", "$")  # as compose passes it on
+    assert subprocess.run(["sh", "-n", "-c", script], check=False).returncode == 0
+    assert compose["services"]["postgres"]["healthcheck"]["test"][0] == "CMD-SHELL"  # what depends_on waits for
+
+
+def test_the_mlflow_manifest_has_valid_pods() -> None:
+    """Against the pod template within KubeRay's CRD, unknown fields refused."""
+    schema = crd_schema("RayCluster")["properties"]["spec"]["properties"]["headGroupSpec"]["properties"]["template"]
+    schema["properties"]["metadata"] = {"type": "object"}  # the CRD leaves a pod's metadata out
+    documents = list(yaml.safe_load_all((CLUSTER / "mlflow/kubernetes.yaml").read_text()))
+    pods = [item["spec"]["template"] for item in documents if item["kind"] in ("StatefulSet", "Deployment")]
+    assert len(pods) == 2
+    for pod in pods:
+        jsonschema.Draft202012Validator(schema).validate(pod)
+    pods[0]["spec"]["containers"][0]["imagge"] = "x"
+    with pytest.raises(jsonschema.ValidationError, match="imagge"):
+        jsonschema.Draft202012Validator(schema).validate(pods[0])
 
 
 def test_the_mlflow_server_keeps_secrets_out_of_its_files() -> None:
@@ -210,6 +264,25 @@ def test_the_mlflow_server_keeps_secrets_out_of_its_files() -> None:
             assert pod["spec"]["securityContext"]["runAsNonRoot"]
             for entry in pod["spec"]["containers"][0]["env"]:
                 assert "value" not in entry or "PASSWORD" not in entry["name"]
+
+
+def test_the_guide_names_what_there_is(tmp_path: Path) -> None:
+    """Its config and prices are valid, its jobs and files exist, and nodes have its labels."""
+    guide = (ROOT / "docs/cluster.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
+    content = {"name": "x", "schema": str(ROOT / "configs/schemas/synthetic.yaml"), **yaml.safe_load(block)}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    settings = load_config(tmp_path / "config.yaml").ray
+    for path in LAUNCHERS:
+        labels = [kind.get("labels", {}) for kind in yaml.safe_load(path.read_text())["available_node_types"].values()]
+        for wanted in (settings.data_labels, settings.worker_labels):
+            assert any((wanted | settings.fall_back_labels).items() <= label.items() for label in labels)
+    (prices,) = re.findall(r"prices.yaml <<EOF\n(.*?)EOF", guide, re.DOTALL)
+    (tmp_path / "prices.yaml").write_text(prices)
+    assert read_prices(str(tmp_path / "prices.yaml")).trainer_hour > 0
+    files = set(re.findall(r"\b((?:jobs|benchmarks|packaging|cluster|roo_ray)/[\w/.-]+\.\w+)", guide))
+    assert len(files) > 10
+    assert [name for name in files if not (ROOT / name).exists()] == []
 
 
 def test_no_secret_stands_in_any_file() -> None:

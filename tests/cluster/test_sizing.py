@@ -127,8 +127,9 @@ def test_the_shape_of_a_run_on_real_shards(tmp_path: Path) -> None:
     shape = shape_of(config, manifest)
     trained = sum(file.requests for file in manifest.files if file.day != manifest.days[-1])
     impressions = sum(file.impressions for file in manifest.files if file.day != manifest.days[-1])
-    assert shape.steps == pytest.approx(impressions / (40 * config.ingest.lanes), rel=0.15)
-    assert shape.requests * shape.steps == pytest.approx(trained, rel=0.15)
+    assert impressions / (40 * config.ingest.lanes) <= shape.steps <= 1.5 * impressions / (40 * config.ingest.lanes)
+    assert shape.requests * shape.steps == pytest.approx(trained)
+    assert shape.full_requests >= shape.requests
     towers = make_towers(schema, config.model)
     assert shape.dense_bytes == 4 * sum(p.numel() for p in towers.parameters())
     for name, (size_of_table, _) in shape.table_bytes.items():

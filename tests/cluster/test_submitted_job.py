@@ -1,4 +1,5 @@
-"""One run on a cluster that the real autoscaler makes and unmakes: submitted, stopped, submitted again."""
+"""One run on a cluster that the real autoscaler makes and unmakes: submitted, stopped, submitted again. Its cloud has
+no spot nodes."""
 
 from __future__ import annotations
 
@@ -23,15 +24,20 @@ from tests.jobs.small import cli_overrides
 
 NODE_TYPES: dict[str, Any] = {
     "ray.head.default": {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 0},
-    "trainer": {
-        "resources": {"CPU": 1},
-        "labels": {"role": "trainer"},
-        "node_config": {},
-        "min_workers": 0,
-        "max_workers": 2,
+    **{
+        f"trainer_{market}": {
+            "resources": {"CPU": 1},
+            "labels": {"role": "trainer", "market": market},
+            "node_config": {},
+            "min_workers": 0,
+            "max_workers": 2,
+            "priority": priority,
+        }
+        for market, priority in (("spot", 2), ("on_demand", 1))
     },
 }
 PLACING = ["ray.worker_labels={role: trainer}", "ray.wait_for_nodes_s=200", "ray.data_cpus=2"]
+PLACING += ["ray.fall_back_labels={market: on_demand}", "ray.fall_back_after_s=10"]
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +107,7 @@ def test_a_submitted_run_scales_up_stops_with_a_checkpoint_and_goes_on(head: Hea
     log = client.get_job_logs("first")
     built, waited = log.index("all accounted for"), log.index("for nodes with 2 x 1 CPU for the trainers")
     assert built < waited  # no node idles while the data is built
+    assert "asking for nodes with {'market': 'on_demand'} for the trainers" in log
 
     assert ray_cli("job", "stop", "--address", head.jobs, "first").returncode == 0
     log = client.get_job_logs("first")

@@ -1,5 +1,6 @@
-"""A cluster of three nodes on this machine (each a raylet of its own): preflight looks at it, and a training run
-outlives one of its nodes. The jobs are processes of their own, as a user starts them."""
+"""A cluster of three nodes on this machine (each a raylet of its own): preflight looks at it, a training run
+outlives one of its nodes, and data tasks stay off the trainers' nodes. The jobs are processes of their own, as a user
+starts them."""
 
 from __future__ import annotations
 
@@ -15,19 +16,23 @@ import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.util.state import list_tasks
 
 from roo_ray.cluster.grace import GRACE_VARIABLE
 from roo_ray.errors import EXIT_OK
-from tests.cluster.heads import ROOT
+from tests.cluster.heads import ROOT, free_port
 from tests.jobs.small import cli_overrides
 
-TRAINERS = ["ray.worker_labels={role: trainer}", "tracking.enabled=false"]
+PLACING = ["ray.worker_labels={role: trainer}", "ray.data_labels={role: data}", "tracking.enabled=false"]
+# what Ray Data runs in the jobs: generating, building, reading, scoring
+DATA_TASKS = {"_write_task", "_run_task", "_read_block", "ScoreFiles"}
 
 
 @pytest.fixture(scope="module")
 def three_nodes() -> Iterator[Cluster]:
-    """A head with 2 CPUs, and two nodes for trainers with 2 CPUs each."""
-    small = {"object_store_memory": 150_000_000, "include_dashboard": False}
+    """A head with 2 CPUs, which is the node for data, and two nodes for trainers with 2 CPUs each."""
+    small: dict[str, Any] = {"object_store_memory": 150_000_000, "labels": {"role": "data"}}
+    small |= {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": free_port()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(GRACE_VARIABLE, "60")
         # it would make this cluster the machine's default one, which any ray.init() without an address joins
@@ -66,10 +71,21 @@ def node_with_a_trainer(cluster: Cluster) -> Any:
     raise AssertionError("no trainer runs on a worker node")
 
 
+def nodes_of_data_tasks(cluster: Cluster) -> dict[str, set[str]]:
+    """The function of each of Ray Data's tasks and actors that has run -> the nodes."""
+    found: dict[str, set[str]] = {}
+    address = f"http://{cluster.head_node.webui_url}"
+    for task in list_tasks(address=address, limit=10_000, detail=True, raise_on_missing_output=False):
+        for name in DATA_TASKS:
+            if f"({name})" in task.name and task.node_id:
+                found.setdefault(name, set()).add(task.node_id)
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_preflight_of_a_cluster(three_nodes: Cluster, tmp_path: Path) -> None:
-    arguments = ["jobs/preflight.py", "--config", "configs/demo.yaml", *cli_overrides(tmp_path), *TRAINERS]
+    arguments = ["jobs/preflight.py", "--config", "configs/demo.yaml", *cli_overrides(tmp_path), *PLACING]
     code, output = finish(start(three_nodes, *arguments))
     assert code == EXIT_OK, output[-3000:]
     lines = {line[6:22].strip(): line for line in output.splitlines() if line[:5].strip() in ("ok", "warn", "fail")}
@@ -85,8 +101,8 @@ def test_preflight_of_a_cluster(three_nodes: Cluster, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_training_run_outlives_a_node(three_nodes: Cluster, tmp_path: Path) -> None:
-    options = [*TRAINERS, "training.checkpoint_every_steps=5", "training.max_failures=3", "run_name=node-lost"]
+def test_a_training_run_outlives_a_node_and_data_stays_off_the_trainers(three_nodes: Cluster, tmp_path: Path) -> None:
+    options = [*PLACING, "training.checkpoint_every_steps=5", "training.max_failures=3", "run_name=node-lost"]
     arguments = ["jobs/train.py", "--config", "configs/demo.yaml", *cli_overrides(tmp_path, *options)]
     job = start(three_nodes, *arguments, "training.epochs=12")
     lines = []
@@ -105,3 +121,11 @@ def test_a_training_run_outlives_a_node(three_nodes: Cluster, tmp_path: Path) ->
     assert "resumed after epoch" in output
     assert "Trained 'node-lost'" in output
     assert (tmp_path / "runs/node-lost/roo_ray_result.json").is_file()
+
+    predict = ["jobs/predict.py", "--config", "configs/demo.yaml", "--model", "node-lost"]
+    predict += ["--output", str(tmp_path / "scores"), *cli_overrides(tmp_path, *PLACING)]
+    code, output = finish(start(three_nodes, *predict))
+    assert code == EXIT_OK, output[-4000:]
+    nodes = nodes_of_data_tasks(three_nodes)
+    assert set(nodes) == DATA_TASKS
+    assert set().union(*nodes.values()) == {three_nodes.head_node.node_id}

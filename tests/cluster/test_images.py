@@ -1,0 +1,81 @@
+"""The images' install steps, run as their Dockerfiles have them, in clean virtual environments: no engine runs here,
+and what a lock file misses only shows when it is installed. From the package index: minutes each."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.heads import ROOT
+from tests.cluster.test_files import CLUSTER, DOCKERFILES, instructions, name_of
+
+IMPORTS = {
+    "Dockerfile.cpu": "import boto3, gcsfs, torchrec, fbgemm_gpu, ray.train, ray.data, mlflow, roo_ray.training.launch",
+    "mlflow/Dockerfile": "import boto3, psycopg2, google.cloud.storage; from mlflow.server import app",
+}
+
+
+def build(path: Path, folder: Path) -> list[str]:
+    """Runs a Dockerfile's steps but for apt-get and useradd, its working directory at ``folder/app``, pip that of a
+    new virtual environment. Returns the command of its CMD, in that environment."""
+    venv, app = folder / "venv", folder / "app"
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    app.mkdir()
+    env = {"PATH": f"{venv}/bin:{os.environ['PATH']}", "HOME": str(folder)}
+    pip = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "SSL_", "REQUESTS_"))}
+    env |= pip | {"PIP_NO_CACHE_DIR": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    command: list[str] = []
+    for verb, arguments in instructions(path):
+        if verb == "COPY":
+            *sources, target = [word for word in arguments.split() if not word.startswith("--")]
+            for source in sources:
+                at = app / target / Path(source).name if target.endswith("/") else app / target
+                at.parent.mkdir(parents=True, exist_ok=True)
+                if (ROOT / source).is_dir():
+                    shutil.copytree(
+                        ROOT / source, at, ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info")
+                    )
+                else:
+                    shutil.copy(ROOT / source, at)
+        elif verb == "RUN" and "pip" in arguments:
+            done = subprocess.run(
+                ["bash", "-ec", arguments], cwd=app, env=env, capture_output=True, text=True, timeout=1500, check=False
+            )
+            said = (done.stdout + done.stderr)[-3000:]
+            if "Could not find a version" in said or "No matching distribution" in said:
+                pytest.skip(f"the package index here has not all of it: {said.strip().splitlines()[-1]}")
+            assert done.returncode == 0, said
+        elif verb == "CMD":
+            command = json.loads(arguments)
+    return [str(venv / "bin" / command[0]), *command[1:]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("path", [p for p in DOCKERFILES if name_of(p) in IMPORTS], ids=name_of)
+def test_install_steps_in_a_clean_environment(path: Path, tmp_path: Path) -> None:
+    command = build(path, tmp_path)
+    try:
+        python = str(tmp_path / "venv/bin/python")
+        env = {"PATH": f"{tmp_path}/venv/bin:{os.environ['PATH']}", "HOME": str(tmp_path)}
+        env |= {"RAY_USAGE_STATS_ENABLED": "0", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        if "server" in command:  # it would listen; its command line is enough
+            command = [*command, "--help"]
+        for line in (command, [python, "-c", IMPORTS[name_of(path)]]):
+            done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
+            assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+        if path.parent == CLUSTER:  # a job of the image, as user and working directory have it
+            job = [python, "jobs/train.py", "--config", "configs/demo.yaml", "training.epoch=1"]
+            done = subprocess.run(
+                job, cwd=tmp_path / "app", env=env, capture_output=True, text=True, timeout=300, check=False
+            )
+            assert done.returncode == 2, (done.stdout + done.stderr)[-3000:]
+            assert "training.epoch: unknown key" in done.stderr
+    finally:
+        shutil.rmtree(tmp_path / "venv", ignore_errors=True)
