@@ -90,7 +90,7 @@ def waiting(data_set: str, folder: Path, reader: str) -> dict[str, float]:
             "tracking": {"enabled": False},
         }
     )
-    metrics = train(config, "waiting", lambda line: None).metrics
+    metrics = train(config, f"waiting-{reader}", lambda line: None).metrics
     seconds, impressions = metrics["epoch/seconds"], metrics["epoch/impressions"]
     return {
         "seconds": seconds,
