@@ -2,10 +2,11 @@
 
 Ways of feeding two ranks, over the same shards (10 impressions a request, history 100), two epochs, side by side in
 one run: (a) the floor, pyarrow and collate in one loop; (b) Ray Data used naively; (c) ours in the trainer's thread;
-(d) ours through Ray Data; (e) the same requests as impression rows, by our reader; (e') the impression rows of one
-shard from an impression table by the loop of (a), as a team without request shards has them: the faster of the two
-counts. Then one feed with 8 ranks, and a model of the demo's size, for the share of time that it waits for data. Rates
-are of the second epoch; with several rounds, of the median round.
+(d) ours through Ray Data; (e) what a team without request shards has, the impressions of one shard as a log holds them,
+rows of a request side by side, straight to impression-level batches by the loop of (a), the fastest way that we found;
+(e') request shards, exploded by our reader to the same batches. Then one feed with 8 ranks, and trainings of a model of
+the demo's size, through Ray Data and with the thread, for the share of time that their second epoch waits for data.
+Rates are of the second epoch; with several rounds, of the median round.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from roo_ray.ingest.feed import open_feed
 from roo_ray.ingest.plan import lanes_of_rank
 from roo_ray.terminal import print_table
 
+Figures = dict[str, float]
 LANES, BATCH_IMPRESSIONS = 4, 5120
 # Logical CPUs: one a rank, and three that read. Two readers leave a core idle while a task ends and the next begins.
 CPUS = 5
@@ -71,26 +73,35 @@ def summary(ranks: list[list[Epoch]]) -> dict[str, float]:
     }
 
 
-def wait_share(data_set: str, folder: Path) -> float:
-    """The share of the second epoch that two ranks with the demo's model wait for data."""
+def waiting(data_set: str, folder: Path, reader: str) -> dict[str, float]:
+    """The second epoch of two ranks with the demo's model: its rate, and the share of the time that they wait for
+    data. (The first has Ray Data's start and the first steps in it.)"""
     from roo_ray.training.launch import train
 
     config = Config.model_validate(
         {
-            "name": "ingest-benchmark",
+            "name": f"ingest-benchmark-{reader}",
             "schema": schema(),
             "requests": data_set,
             "storage": str(folder / "runs"),
-            "ingest": {"lanes": 4, "batch_impressions": 512},
+            "ingest": {"lanes": 4, "batch_impressions": 512, "reader": reader},
             "model": {"dim": 32, "layers": 2, "heads": 2, "user_dim": 32},
-            "training": {"workers": 2, "epochs": 2, "log_every": 50},
+            "training": {"workers": 2, "epochs": 2, "log_every": 1000},
             "tracking": {"enabled": False},
         }
     )
-    return float(train(config, "waiting", lambda line: None).metrics["epoch/data_wait_share"])
+    metrics = train(config, f"waiting-{reader}", lambda line: None).metrics
+    seconds, impressions = metrics["epoch/seconds"], metrics["epoch/impressions"]
+    return {
+        "seconds": seconds,
+        "impressions_per_s": impressions / seconds,
+        "wait_share": metrics["epoch/data_wait_share"],
+    }
 
 
-def aims(median: dict[Way, dict[str, float]], waits: float | None) -> list[tuple[str, float, float, bool]]:
+def aims(
+    median: dict[Way, dict[str, float]], waits: dict[str, dict[str, float]]
+) -> list[tuple[str, float, float, bool]]:
     """(aim, measured, wanted, at most): what the issue asks for."""
     rate = {way: values["impressions_per_s"] for way, values in median.items()}
     cpu = {way: values["trainer_cpu_s_per_million"] for way, values in median.items()}
@@ -100,9 +111,10 @@ def aims(median: dict[Way, dict[str, float]], waits: float | None) -> list[tuple
         ("(d) over (b)", rate["ray_data"] / rate["naive"], 1.5, False),
         ("trainer's CPU, (d) of (c)", cpu["ray_data"] / cpu["thread"], 0.25, True),
         ("(d) first batch of epoch 2, s", median["ray_data"]["first_batch_second_epoch_s"], 3.0, True),
-        ("(c) over the faster of (e), (e')", rate["thread"] / max(rate["exploded"], rate["table"]), 5.0, False),
+        ("(c) over (e)", rate["thread"] / rate["table"], 5.0, False),
     ]
-    return rows if waits is None else [*rows, ("share of time waiting for data", waits, 0.03, True)]
+    shares = [(f"share of time waiting, {name}", of["wait_share"], 0.03, True) for name, of in waits.items()]
+    return [*rows, *shares]
 
 
 def main() -> int:
@@ -110,7 +122,9 @@ def main() -> int:
     parser.add_argument("--requests", type=int, help="200,000 by default")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=80, help="no further round begins after so many")
-    parser.add_argument("--quick", action="store_true", help="100,000 requests, one round, no 8 ranks, no training")
+    parser.add_argument(
+        "--quick", action="store_true", help="100,000 requests, one round, no 8 ranks, one short training"
+    )
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS), help="for development")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--check", action="store_true", help="exit 1 where an aim is missed")
@@ -119,7 +133,7 @@ def main() -> int:
     rounds = 1 if options.quick else options.rounds
     folder = Path(tempfile.mkdtemp(prefix="roo_ray_ingest_"))
     results: dict[Way, list[dict[str, float]]] = {way: [] for way in options.ways}
-    waits: float | None = None
+    waits: dict[str, Figures] = {}
     eight: dict[str, float] | None = None
     try:
         manifest = write_data_set(folder / "data", requests)
@@ -142,10 +156,13 @@ def main() -> int:
             with session.connect(RaySettings(local_cpus=11, object_store_bytes=2_000_000_000)):
                 ranks, waited = run_way("ray_data", str(folder / "data"), 8, lanes=8)
                 eight = summary(ranks) | {"most_blocks_waiting": waited}
-            small = folder / "small"
-            write_data_set(small, 24_000)
-            with session.connect(RaySettings(local_cpus=4)):
-                waits = wait_share(str(small), folder)
+        small = folder / "small"
+        write_data_set(small, 6_000 if options.quick else 16_000)
+        with session.connect(RaySettings(local_cpus=4)):
+            for reader in ["ray_data"] if options.quick else ["ray_data", "thread"]:
+                began = time.perf_counter()
+                waits[reader] = waiting(str(small), folder, reader)
+                print(f"training with {reader} {time.perf_counter() - began:.1f} s", file=sys.stderr)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     median = {
@@ -164,6 +181,14 @@ def main() -> int:
         "bytes / impression",
     ]
     print_table(f"{requests:,} requests, {trained:,} impressions, 2 ranks", header, rows)
+    print_table(
+        "A model of the demo's size, second epoch",
+        ["reader", "impressions/s", "epoch s", "waiting for data"],
+        [
+            [n, f"{w['impressions_per_s']:,.0f}", f"{w['seconds']:.1f}", f"{w['wait_share']:.1%}"]
+            for n, w in waits.items()
+        ],
+    )
     missed = 0
     if len(median) == len(WAYS):
         table = []
@@ -173,7 +198,7 @@ def main() -> int:
             table.append([name, f"{value:.2f}", f"{'<=' if at_most else '>='} {wanted:g}", "met" if met else "MISSED"])
         print_table("Aims", ["", "measured", "aim", ""], table)
     if options.json:
-        content = {"rounds": results, "median": median, "eight_ranks": eight, "wait_share": waits}
+        content = {"rounds": results, "median": median, "eight_ranks": eight, "waiting": waits}
         Path(options.json).write_text(json.dumps(content, indent=1))
     return 1 if options.check and missed else 0
 

@@ -23,14 +23,14 @@ from roo_ray.ingest.read import columns_to_read
 from roo_ray.ingest.stream import RankStream, StreamSettings
 from roo_ray.requests.manifest import load_manifest
 
-Way = Literal["floor", "naive", "thread", "ray_data", "exploded", "table"]
+Way = Literal["floor", "naive", "thread", "ray_data", "table", "exploded"]
 WAYS: dict[Way, str] = {
     "floor": "(a) pyarrow and collate, one loop",
     "naive": "(b) Ray Data, iter_torch_batches",
     "thread": "(c) ours, trainer's thread",
     "ray_data": "(d) ours, Ray Data",
-    "exploded": "(e) ours, impression-level",
-    "table": "(e') an impression table, pyarrow",
+    "table": "(e) an impression table, one loop",
+    "exploded": "(e') our shards, exploded",
 }
 EPOCHS = 2
 

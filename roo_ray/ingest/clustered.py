@@ -159,7 +159,14 @@ def _index_file(item: ParquetInput, schema: Schema, cluster: Sequence[str], unit
     seconds = epoch_seconds(table.column(schema.keys.time), schema.keys.time)
     days = utc_days(seconds)
     units = [
-        Unit(requests=int(r), impressions=int(stop - start), tokens=0, first_row=int(start))
+        Unit(
+            requests=int(r),
+            impressions=int(stop - start),
+            tokens=0,
+            first_row=int(start),
+            time_min=float(seconds[start:stop].min()),
+            time_max=float(seconds[start:stop].max()),
+        )
         for r, start, stop in zip(requests, starts, stops, strict=True)
     ]
     size = sum(item.metadata.row_group(group).total_byte_size for group in range(item.metadata.num_row_groups))

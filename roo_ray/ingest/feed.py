@@ -22,6 +22,7 @@ import ray.data
 from ray.data import DataContext, ExecutionResources
 
 from roo_ray import session
+from roo_ray.allocator import keep_freed_memory
 from roo_ray.errors import BadInput
 from roo_ray.ingest.pack import PackSettings, pack_window
 from roo_ray.ingest.parcels import PackedSize, Parcel, parcel_bytes, parcels, split_parcel
@@ -33,14 +34,17 @@ BLOCKS_AT_ONCE = 4096  # of one execution: Ray Data holds its whole input as obj
 
 
 def _read_block(block: pa.Table, settings: PackSettings) -> Iterator[pa.Table]:
-    """Runs in a Ray Data task. Bad input travels as a row of its own: as an exception it would be wrapped and
-    logged with some 200 lines of Ray's own frames."""
+    """Runs in a Ray Data task. Bad input travels as a last row of its own, behind the windows that were read before:
+    as an exception it would be wrapped and logged with some 200 lines of Ray's own frames."""
+    keep_freed_memory()  # every window works on arrays of much the same sizes
     for windows in block.column("windows").to_pylist():
+        packed: list[pa.Table] = []
         try:
-            yield pa.concat_tables([pack_window(settings, window) for window in pickle.loads(windows)])
+            for window in pickle.loads(windows):
+                packed.append(pack_window(settings, window))
         except BadInput as error:
-            yield pa.table({ERROR: [pickle.dumps(error)]})
-            return
+            packed.append(pa.table({ERROR: [pickle.dumps(error)]}))
+        yield pa.concat_tables(packed, promote_options="default" if ERROR in packed[-1].column_names else "none")
 
 
 def read_blocks(settings: PackSettings, some_parcels: Iterable[Parcel], held_cpus: float) -> Iterator[tuple[int, Any]]:
@@ -175,16 +179,20 @@ def open_feed(settings: StreamSettings, owners: Sequence[Sequence[int]], held: f
 def blocks_of_rank(feed: Any, rank: int) -> Iterator[pa.Table]:
     """The packed windows of a rank's lanes, in order; a block is asked for while the one before is worked on.
 
-    Raises the DataError of the reading function.
+    Raises the DataError of the reading function, after the windows that come before the bad one.
     """
     coming = feed.next.remote(rank)
     while found := ray.get(coming):
         coming = feed.next.remote(rank)
         table = ray.get(found[0])
         del found
+        error: BadInput | None = None
         if ERROR in table.column_names:
-            raise pickle.loads(table.column(ERROR)[0].as_py())
+            error = pickle.loads(table.column(ERROR)[-1].as_py())
+            table = table.drop_columns(ERROR).slice(0, table.num_rows - 1)
         for window in split_parcel(table):
             yield window
             del window
         del table
+        if error is not None:
+            raise error

@@ -84,6 +84,8 @@ def parcels(
 
 def split_parcel(table: pa.Table) -> Iterator[pa.Table]:
     """The packed windows in a parcel's table, one after the other, without a copy."""
+    if not table.num_rows:
+        return
     tags = np.stack([table.column(tag).to_numpy() for tag in TAGS[:3]])  # epoch, lane, window
     begins = np.flatnonzero(np.append(True, (tags[:, 1:] != tags[:, :-1]).any(0)))
     ends = np.append(begins[1:], table.num_rows)

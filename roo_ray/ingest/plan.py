@@ -103,14 +103,16 @@ def units_of(files: Sequence[ShardFile]) -> Units:
         if unit.requests
     ]
     times = [
-        (getattr(unit, "time_min", None), getattr(unit, "time_max", None), file.time_min, file.time_max)
+        (
+            file.time_min if unit.time_min is None else unit.time_min,
+            file.time_max if unit.time_max is None else unit.time_max,
+        )
         for file in files
         for unit in file.units
         if unit.requests
     ]
     of_file, group, requests, impressions, tokens, first_row = np.array(rows, np.int64).reshape(-1, 6).T
-    ranges = [(f0 if u0 is None else u0, f1 if u1 is None else u1) for u0, u1, f0, f1 in times]
-    first, last = np.array(ranges, np.float64).reshape(-1, 2).T
+    first, last = np.array(times, np.float64).reshape(-1, 2).T
     paths = tuple(file.path for file in files)
     return Units(paths, of_file, group, requests, impressions, tokens, first_row, first, last)
 
@@ -171,8 +173,8 @@ def time_order(units: Units) -> Integers:
         raise DataError(
             f"ingest.mode=time needs a time-ordered layout, and {len(overlap)} of {max(len(units) - 1, 1)} "
             f"neighbouring units overlap in time, the first: {one.path} row group {one.row_group} and {other.path} "
-            f"row group {other.row_group}; build the data set in order of time, with time ranges per unit in its "
-            "manifest or one row group per file, or set ingest.mode=shuffled"
+            f"row group {other.row_group}; build the data set again in order of time (build: {{order: time, buckets: "
+            "1}}), or set ingest.mode=shuffled"
         )
     return order
 

@@ -15,7 +15,7 @@ import uuid
 from typing import Any, Literal
 
 import pyarrow.fs as pafs
-from pydantic import Field, ValidationError
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from roo_ray.errors import DataError
 from roo_ray.requests.claims import claimed
@@ -29,12 +29,22 @@ FORMAT = 1
 class Unit(Strict):
     """A row group: the smallest thing that is read. ``tokens``: history events of all its requests.
     ``first_row``: of a unit of an impression table (``ingest/clustered.py``), its first row in the file; its
-    rows are its impressions."""
+    rows are its impressions. ``time_min``, ``time_max``: of its requests, seconds since the epoch (UTC); None in
+    manifests that were written without them, which keep their text and digest."""
 
     requests: int
     impressions: int
     tokens: int
     first_row: int | None = None
+    time_min: float | None = None
+    time_max: float | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_unknown_times(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = serialize(self)
+        if self.time_min is None:
+            del content["time_min"], content["time_max"]
+        return content
 
 
 class ShardFile(Strict):

@@ -250,6 +250,8 @@ def write_shards(
                         requests=int(right - left),
                         impressions=int(impressions[left:right].sum()),
                         tokens=int(tokens[left:right].sum()),
+                        time_min=float(seconds[left - begin : right - begin].min()),
+                        time_max=float(seconds[left - begin : right - begin].max()),
                     )
                     for left, right in pairwise(groups)
                 ],

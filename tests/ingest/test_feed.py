@@ -29,6 +29,10 @@ def by_ray(how: StreamSettings, **changes: Any) -> StreamSettings:
     return replace(how, ingest=how.ingest.model_copy(update={"reader": "ray_data", **changes}))
 
 
+def by_thread(how: StreamSettings) -> StreamSettings:
+    return replace(how, ingest=how.ingest.model_copy(update={"reader": "thread"}))
+
+
 def fed(how: StreamSettings, size: int) -> list[RankStream]:
     """Ranks that share one feed."""
     feed = shared_feed(how, size)
@@ -96,11 +100,24 @@ def test_eight_processes_on_one_feed_take_every_request_once_and_little_waits_fo
 def test_ray_data_raises_the_original_error_and_nothing_else(
     tmp_path: Path, local_ray: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """Once everything that comes before the bad shard is trained on, as with the thread, also where both are in a
+    parcel."""
     how, shard = lose_a_shard(tmp_path, "ray_data")
+    whole = [request_keys(step) for step in take_epoch(world(by_thread(how), 1), 0)]
     shard.unlink()
-    with pytest.raises(DataError, match=r"2024-03-01/002\.parquet is missing") as error:
-        list(islice(RankStream(how, 0, 1).epoch(0), 50))
-    assert "\n" not in str(error.value)
+    before: dict[str, list[list[int]]] = {"ray_data": [], "thread": []}
+
+    def consume(how: StreamSettings) -> None:
+        for step in islice(RankStream(how, 0, 1).epoch(0), 50):
+            before[how.ingest.reader].append(request_keys([step]))
+
+    for reader in (how, by_thread(how)):
+        with pytest.raises(DataError, match=r"2024-03-01/002\.parquet is missing") as error:
+            consume(reader)
+        assert "\n" not in str(error.value)
+    good = 20  # requests of the two files before; the last of their four windows shares a parcel with the bad ones
+    assert before["ray_data"] == before["thread"] == whole[: len(before["thread"])]
+    assert sum(map(len, before["ray_data"])) == good
     printed = capfd.readouterr()
     assert len((printed.out + printed.err).splitlines()) < 5
 
@@ -141,10 +158,7 @@ def test_a_worker_killed_while_it_reads_is_retried_and_every_request_comes_once(
 ) -> None:
     """A shard is a pipe at first, at which the tasks that read it hang; their processes are killed there."""
     how, shard = lose_a_shard(tmp_path, "ray_data")
-    expected = [
-        request_keys(step)
-        for step in take_epoch(world(replace(how, ingest=how.ingest.model_copy(update={"reader": "thread"})), 1), 0)
-    ]
+    expected = [request_keys(step) for step in take_epoch(world(by_thread(how), 1), 0)]
     kept = shard.read_bytes()
     shard.unlink()
     os.mkfifo(shard)

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +27,7 @@ from roo_ray.ingest.plan import (
     units_of,
 )
 from roo_ray.requests.manifest import Manifest, ShardFile, Unit
+from roo_ray.requests.shards import WriteOptions, write_shards
 from roo_ray.sources.hashing import mix64
 from tests.ingest import shard_maker
 from tests.ingest.shard_maker import random_rows, write_data_set
@@ -204,6 +206,27 @@ def test_a_layout_that_is_not_time_ordered_is_refused() -> None:
     by_user.time_max[:] = 5
     with pytest.raises(DataError, match="2 of 2 neighbouring units overlap in time"):
         plan_epoch(by_user, seed=0, epoch=0, lanes=2, window_units=1, mode="time")
+
+
+def test_units_with_times_of_their_own_are_ordered_within_a_file(tmp_path: Path) -> None:
+    """As a build writes them; one without them keeps the digest that its manifest had."""
+    rows = pa.table(
+        {
+            "request_id": range(40), "site": ["a"] * 40,
+            "user_id": [n % 7 for n in range(40)], "num_impressions": [1] * 40,
+            "request_time": pa.array([1_709_251_200 + n * 7 % 40 for n in range(40)], pa.timestamp("s", tz="UTC")),
+        }
+    )  # fmt: skip
+    schema = shard_maker.schema().model_copy(update={"features": [], "labels": []})
+    options = WriteOptions(row_group_requests=8, compression_level=1, order="time")
+    ((file, _),) = write_shards(rows, schema, options, str(tmp_path), 1, 0)
+    assert len(file.units) == 5
+    plan = plan_epoch(units_of([file]), seed=0, epoch=0, lanes=2, window_units=1, mode="time")
+    assert sorted(len(lane) for lane in plan.lanes) == [2, 3]
+    assert [u.time_min for u in file.units] == sorted(1_709_251_200.0 + n for n in range(0, 40, 8))
+    untimed = Unit(requests=3, impressions=4, tokens=5)
+    assert untimed.model_dump_json() == '{"requests":3,"impressions":4,"tokens":5,"first_row":null}'
+    assert Unit.model_validate(file.units[0].model_dump(mode="json")) == file.units[0]
 
 
 # ---- holdout ---------------------------------------------------------------------------------------------

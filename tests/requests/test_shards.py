@@ -66,6 +66,8 @@ def test_files_units_and_order(tmp_path: Path) -> None:
             assert unit.requests == len(part) <= OPTIONS.row_group_requests
             assert unit.impressions == sum(row["num_impressions"] for row in part)
             assert unit.tokens == sum(len(row["h_item"]) for row in part)
+            moments = [row["time"].replace(tzinfo=datetime.timezone.utc).timestamp() for row in part]
+            assert (unit.time_min, unit.time_max) == (min(moments), max(moments))
             rows += part
         keys = [(row["user"], row["time"], row["rid"]) for row in rows]
         assert keys == sorted(keys)
