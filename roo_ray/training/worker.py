@@ -364,13 +364,15 @@ class Worker:
         written = self.saver.collect()
         name = written.path.rsplit("/", 1)[-1]
         if written.problem is None:
-            self.logger.metrics({"checkpoint/write_ms": 1000 * written.seconds}, self.steps_done)
+            begin = time.perf_counter()
             ray.train.report(
                 written.metrics,
                 checkpoint=ray.train.Checkpoint(written.path, filesystem=self.storage),
                 checkpoint_dir_name=name,
                 checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
             )
+            took = {"write": written.seconds, "report": time.perf_counter() - begin}
+            self.logger.metrics({f"checkpoint/{part}_ms": 1000 * s for part, s in took.items()}, self.steps_done)
             return
         self.failed_saves += 1
         self.logger.metrics({"checkpoint/failed": float(self.failed_saves)}, self.steps_done)
