@@ -1,6 +1,6 @@
 """What tracking and checkpoints cost a training step.
 
-    python benchmarks/overhead.py [--quick] [--check] [--json FILE] [--seconds 230] [--batch 640]
+    python benchmarks/overhead.py [--quick] [--check] [--json FILE] [--seconds 250] [--batch 640]
 
 One process group, one model, one process; two independent answers to the same question.
 
@@ -18,8 +18,9 @@ by the training thread's CPU; the medians of the pairs' differences with 95 % in
 accounts leave out (caches, the interpreter's lock) would show here; an interval wider than the aim says that this
 machine was too busy to tell.
 
-Aims: tracking under 1 % of step time, a checkpoint every 50 steps under 5 %: judged by the accounts, and missed, too,
-where the whole interval of the pairs, by the clock, lies above the aim. Ray Train's report of a checkpoint (a message
+Aims: tracking under 1 % of step time, a checkpoint every 50 steps under 5 %. Met where the accounts, the upper bound,
+are below the aim, or the whole interval of the pairs by the clock is (there are cores to spare then); missed in any
+case where that whole interval is above. Ray Train's report of a checkpoint (a message
 between the ranks) is not in it: a run logs it as ``checkpoint/report_ms``.
 """
 
@@ -197,7 +198,7 @@ def measure(options: Any, folder: Path) -> list[dict[str, Any]]:
     with system_metrics(run):
         long = bench.stretch(bench.ways["tracking"], lambda one: one.wall >= max(0.3 * share, 2.2 * GATHER_SECONDS))
     bench.logger.flush(60)
-    bench.pairs("tracking", 0.35 * share, lambda one: one.wall >= min(GATHER_SECONDS + 0.2, 0.05 * share))
+    bench.pairs("tracking", 0.35 * share, lambda one: one.wall >= GATHER_SECONDS + 0.2)
     bench.pairs("checkpoint", 0.35 * share, lambda one: one.steps >= EVERY)
     bench.logger.end(True)
 
@@ -222,7 +223,7 @@ def judged(rows: list[dict[str, Any]]) -> list[str]:
     missed = []
     for row in rows:
         aim = AIMS[row["way"]]
-        if row["overhead"] >= aim:
+        if row["overhead"] >= aim and row["wall_high"] >= aim:
             missed.append(f"{row['way']}: {row['overhead']:.2%} of step time, aim under {aim:.0%}")
         elif row["wall_low"] >= aim:
             missed.append(f"{row['way']}: {row['wall']:.2%} by the clock, surely above the aim of {aim:.0%}")
@@ -234,7 +235,7 @@ def judged(rows: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     """Runs both ways."""
     parser = arguments("What tracking and checkpoints cost a training step")
-    parser.add_argument("--seconds", type=float, default=230, help="of measuring, in all")
+    parser.add_argument("--seconds", type=float, default=250, help="of measuring, in all")
     parser.add_argument("--batch", type=int, default=640, help="impressions in a batch")
     options = parser.parse_args()
     if options.quick:
