@@ -38,7 +38,7 @@ PLACING = ["ray.worker_labels={role: trainer}", "ray.wait_for_nodes_s=200", "ray
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    with ray_head(2, {GRACE_VARIABLE: "60"}, NODE_TYPES) as head:
+    with ray_head(2, {GRACE_VARIABLE: "180"}, NODE_TYPES) as head:
         yield head
 
 

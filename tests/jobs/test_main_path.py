@@ -59,6 +59,9 @@ def test_training_logs_what_a_reviewer_needs(two_workers: tuple[Config, Training
     for name in ("ne", "auc", "gauc", "calibration", "bayes_ne", "bayes_auc"):
         assert f"eval/click/{name}" in metrics
     assert 0 <= metrics["epoch/data_wait_share"] <= 1
+    for unit in ("requests", "impressions"):
+        each, every = (metrics[f"train/{unit}_per_second{of}"] for of in ("_per_worker", ""))
+        assert 2 * each == pytest.approx(every)
     assert metrics["data/dedup_ratio_disk_bytes"] > 1
     assert metrics["eval/click/bayes_ne"] < metrics["eval/click/ne"]
     artifacts = {item.path for item in client.list_artifacts(result.run.run_id)}
