@@ -26,8 +26,8 @@ SETTINGS = (
     "training.log_every=1",
     "training.max_failures=1",  # a notice is no failure, and a run after it may fail again
     "ingest.batch_impressions=16",
-    "source.requests=2400",
-    "source.requests_per_task=800",
+    "source.requests=4000",
+    "source.requests_per_task=1000",
 )
 FAULTS: tuple[What, ...] = ("kill", "notice", "kill", "stop", "kill")
 
