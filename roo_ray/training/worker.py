@@ -33,7 +33,7 @@ from roo_ray.training.counts import Counts
 from roo_ray.training.job import WorkerJob
 from roo_ray.training.order import OrderStats
 from roo_ray.training.requests_of import request_ids
-from roo_ray.training.saver import Saver, name_of
+from roo_ray.training.saver import KEEP_SCORE, Saver, keep_score, name_of
 from roo_ray.training.sharding import ShardedModel, shard
 from roo_ray.training.signals import StopWatch, watch_worker
 from roo_ray.training.steps import Trainer
@@ -366,7 +366,7 @@ class Worker:
         if written.problem is None:
             begin = time.perf_counter()
             ray.train.report(
-                written.metrics,
+                written.metrics | {KEEP_SCORE: keep_score(written.metrics, self.tasks[0])},
                 checkpoint=ray.train.Checkpoint(written.path, filesystem=self.storage),
                 checkpoint_dir_name=name,
                 checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
