@@ -82,7 +82,8 @@ def compare_forms(
     """Trains both forms in both arms (four runs named ``<run_name>-...``) and logs the comparison.
 
     ``seconds``: the wall time of the second arm; default: half of what the request-level form took for all the data,
-    so that neither runs out of data. Raises ConfigError where tracking is off: the comparison is an MLflow run.
+    so that neither runs out of data; a form that does, by a longer time, is named by ``say`` and in the tag
+    ``compared.ran_out_of_data``. Raises ConfigError where tracking is off: the comparison is an MLflow run.
     """
     if not config.tracking.enabled:
         raise ConfigError("jobs/compare.py compares what MLflow holds; set tracking.enabled=true")
@@ -96,6 +97,12 @@ def compare_forms(
     timed = config.model_copy(update={"training": training})
     same_time = {form: _train(timed, form, f"{run_name}-{form}-same-time", say) for form in FORMS}
 
+    short = [form for form in FORMS if same_time[form].samples >= same_data[form].samples]
+    if short:
+        say(
+            f"warning: {' and '.join(short)}-level training ran out of data before {limit:.1f} s: its samples seen are "
+            "all there are; give --seconds less, or the data set more requests"
+        )
     metrics = _figures("same_data", same_data, tasks) | _figures("same_time", same_time, tasks)
     ratios = training_ratios(
         sample_requests(config.requests, manifest, config.request_schema), config.request_schema, config.model
@@ -120,6 +127,7 @@ def compare_forms(
             for form, of in both.items()
         }
         logger.tags({f"compared.{name}": run_id for name, run_id in runs.items()})
+        logger.tags({"compared.ran_out_of_data": ", ".join(short) or "no"})
         logger.metrics(metrics)
         with never_fatal("the data set", say):
             log_dataset(run, config.requests, manifest, "train")
@@ -182,4 +190,12 @@ def comparison_rows(compared: FormsCompared, task: str) -> list[list[str]]:
             pair = [of.result.metrics[f"eval/{task}/{name}"] for of in (one, other)]
             shown = [f"{title}: held-out {name.upper()}", f"{pair[0]:.4f}", f"{pair[1]:.4f}"]
             rows.append([*shown, f"{pair[0] - pair[1]:+.4f}"])
+    disk = [compared.metrics.get(f"data/disk_bytes_{form}_level") for form in FORMS]
+    if disk[0] and disk[1]:
+        rows.append(
+            ["data set on disk (MB)", *(f"{size / 1e6:.1f}" for size in disk if size), f"{disk[1] / disk[0]:.2f}x"]
+        )
+    for name, title in (("all_to_all_bytes", "all-to-all bytes"), ("flops", "FLOPs of the towers")):
+        if ratio := compared.metrics.get(f"data/dedup_ratio_{name}"):
+            rows.append([f"{title} (impression-level over request-level)", "", "", f"{ratio:.2f}x"])
     return rows

@@ -11,6 +11,11 @@ import pandas as pd
 from roo_ray.serving.scorer import Scorer
 
 
+def plain_values(column: pd.Series) -> list[Any]:
+    """The values, None for each of pandas' forms of null."""
+    return [None if null else value for value, null in zip(column.tolist(), column.isna(), strict=True)]
+
+
 class RequestScorer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     """A row per request in, a row per request out: per task the list of its candidates' scores, in order."""
 
@@ -20,7 +25,7 @@ class RequestScorer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """See ``Scorer.predict``."""
-        columns = {name: model_input[name].tolist() for name in model_input.columns}
+        columns = {name: plain_values(model_input[name]) for name in model_input.columns}
         return pd.DataFrame(self.scorer.predict(columns))
 
 

@@ -35,7 +35,7 @@ from roo_ray.requests.manifest import Manifest, load_manifest
 from roo_ray.schema import Schema
 from roo_ray.serving.export import export_model, input_types
 from roo_ray.serving.scorer import INPUTS, MODEL, SCHEMA, WEIGHTS, Scorer, input_columns
-from roo_ray.storage import open_filesystem
+from roo_ray.storage import open_filesystem, without_secrets
 from roo_ray.training.launch import find_checkpoint
 from roo_ray.training.tracking import tracking_uri
 
@@ -137,6 +137,11 @@ def _unit(item: dict[str, Any]) -> UnitRef:
     return UnitRef(**item | {"rows": None if item["rows"] is None else tuple(item["rows"])})
 
 
+def shown(place: str) -> str:
+    """A place as it is kept and shown: without the keys that may stand in a URI."""
+    return without_secrets(place) if "://" in place else place
+
+
 def predict(config: Config, model: str, output: str, say: Callable[[str], None], actors: int = 1) -> Predicted:
     """Scores every impression of the request data set with a model (see ``exported_model``) into ``output``.
 
@@ -146,7 +151,7 @@ def predict(config: Config, model: str, output: str, say: Callable[[str], None],
     manifest = load_manifest(config.requests, config.requests_version)
     filesystem, base = open_filesystem(output)
     if filesystem.get_file_info(pafs.FileSelector(base, allow_not_found=True)):
-        raise ConfigError(f"{output} exists and is not empty; choose another output, or remove it")
+        raise ConfigError(f"{shown(output)} exists and is not empty; choose another output, or remove it")
     local = isinstance(filesystem, pafs.LocalFileSystem)
     staging = f"{base}.partial-{uuid.uuid4().hex[:8]}" if local else output
     with tempfile.TemporaryDirectory() as scratch:
@@ -178,10 +183,11 @@ def predict(config: Config, model: str, output: str, say: Callable[[str], None],
         if (requests, impressions) != (manifest.requests, manifest.impressions):
             raise DataError(
                 f"{requests:,} requests with {impressions:,} impressions were scored, and the manifest of "
-                f"{config.requests} counts {manifest.requests:,} with {manifest.impressions:,}; nothing was written"
+                f"{shown(config.requests)} counts {manifest.requests:,} with {manifest.impressions:,}; nothing was "
+                "written"
             )
-        note = {"requests": requests, "impressions": impressions, "files": len(items), "model": model}
-        note |= {"data_set": config.requests, "data_version": manifest.version, "data_digest": manifest.digest()}
+        note = {"requests": requests, "impressions": impressions, "files": len(items), "model": shown(model)}
+        note |= {"data_set": shown(config.requests), "data_version": manifest.version, "data_digest": manifest.digest()}
         with filesystem.open_output_stream(f"{staging if local else base}/{NOTE}") as stream:
             stream.write(json.dumps(redact(note), indent=1).encode())
         if local:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType
 from mlflow.types import Schema as MlflowSchema
-from mlflow.types.schema import Array
+from mlflow.types.schema import AnyType, Array
 
 from roo_ray.config import Config
 from roo_ray.errors import DataError
@@ -22,7 +22,7 @@ from roo_ray.requests.manifest import Manifest
 from roo_ray.schema import Schema
 from roo_ray.serving import mlflow_model
 from roo_ray.serving.export import export_model, input_types
-from roo_ray.serving.scorer import plain_type
+from roo_ray.serving.scorer import columns_with_null_elements, optional_columns, plain_type
 from roo_ray.training.tracking import RunHandle
 
 MODEL_NAME = "model"
@@ -44,21 +44,25 @@ def _column_type(kind: pa.DataType, column: str) -> DataType | Array:
     raise DataError(f"column '{column}' is {kind}, which no MLflow signature can name")
 
 
-def may_be_null(schema: Schema) -> set[str]:
-    """The columns in which the schema has a meaning for null: a fill, an empty bag, an unknown value of an event."""
-    columns = {c for f in schema.features if f.fill is not None or f.fill_id is not None for c in f.columns}
-    columns |= {c for f in schema.features if f.pooling != "none" for c in f.columns}
-    return columns | {event.column for f in schema.sequences for event in f.sequence_dense}
+def _with_nulls(kind: DataType | Array, elements: bool) -> DataType | Array | AnyType:
+    """The type under which MLflow lets nulls pass unharmed. It refuses a null integer, takes no integer for a double,
+    and cuts the strings of a list with a null: such values have any type, and the scorer checks them."""
+    if isinstance(kind, Array):
+        harmless = not elements or isinstance(kind.dtype, Array) or kind.dtype == DataType.double
+        return kind if harmless else Array(AnyType())
+    return AnyType() if kind == DataType.long else kind
 
 
 def signature_of(inputs: pa.Schema, schema: Schema) -> ModelSignature:
     """One row per request: request-level columns as scalars or lists, candidates' columns as lists; out: per task a
-    list with a score for each candidate. Optional (for MLflow) is what may be null; it must be given all the same."""
-    nullable = may_be_null(schema)
-    columns = [
-        ColSpec(_column_type(field.type, field.name), field.name, required=field.name not in nullable)
-        for field in inputs
-    ]
+    list with a score for each candidate. What has a meaning when it is null is optional: null, or left out."""
+    optional, elements = optional_columns(schema), columns_with_null_elements(schema)
+    columns = []
+    for field in inputs:
+        kind: DataType | Array | AnyType = _column_type(field.type, field.name)
+        if field.name in optional:
+            kind = _with_nulls(kind, field.name in elements)
+        columns.append(ColSpec(kind, field.name, required=field.name not in optional))
     tasks = [label.name for label in schema.labels]
     scores = [ColSpec(Array(DataType.double), task) for task in tasks]
     return ModelSignature(MlflowSchema(columns), MlflowSchema(scores))

@@ -27,10 +27,11 @@ from roo_ray.ingest.rows import ReadRequests
 from roo_ray.ingest.tensors import PackedBatches
 from roo_ray.models.objective import logits_of, retrieval_towers
 from roo_ray.models.ranking import RankingModel
-from roo_ray.schema import Schema, parse_schema
+from roo_ray.schema import Feature, Schema, parse_schema
 
 WEIGHTS, MODEL, SCHEMA, INPUTS = "weights.pt", "model.json", "schema.yaml", "inputs.arrow"
 BATCH_IMPRESSIONS = 8192
+EXACT = 2.0**53  # from here on a double no longer holds every integer
 Scores = npt.NDArray[np.float32]
 
 
@@ -39,6 +40,25 @@ def input_columns(schema: Schema) -> list[str]:
     names = [column for feature in schema.features for column in feature.source_columns]
     timed = any(feature.time for feature in schema.sequences)
     return list(dict.fromkeys([*names, *([schema.keys.time] if timed else [])]))
+
+
+def optional_columns(schema: Schema) -> set[str]:
+    """The input columns in which the schema has a meaning for null, and which a request may therefore leave out: a
+    fill, an empty bag, no history. A column is none of them where another feature that reads it needs a value."""
+
+    def takes_null(feature: Feature) -> bool:
+        filled = feature.fill is not None or feature.fill_id is not None
+        return filled or feature.kind == "sequence" or feature.pooling != "none"
+
+    needed = {c for feature in schema.features if not takes_null(feature) for c in feature.source_columns}
+    return {c for feature in schema.features for c in feature.source_columns} - needed
+
+
+def columns_with_null_elements(schema: Schema) -> set[str]:
+    """Those of them that are lists in which single elements may be null: candidates' values, values of events."""
+    of_candidates = {c for f in schema.features if f.level == "impression" for c in f.source_columns}
+    of_events = {event.column for feature in schema.sequences for event in feature.sequence_dense}
+    return optional_columns(schema) & (of_candidates | of_events)
 
 
 @dataclass(frozen=True)
@@ -134,15 +154,35 @@ class Scorer:
             return logits
         return np.asarray(torch.sigmoid(torch.from_numpy(logits).double()).numpy(), np.float32)
 
+    def _nulls(self, field: pa.Field, given: pa.Table, rows: int) -> pa.Array:
+        """A column of nulls: per request, or per candidate of the requests that are given."""
+        candidates = [c for f in self.schema.features if f.level == "impression" for c in f.source_columns]
+        if field.name not in candidates:
+            return pa.nulls(rows, field.type)
+        lists = next((name for name in candidates if name in given.column_names), None)
+        if lists is None:
+            raise DataError(f"the input has none of the candidates' columns {', '.join(candidates)}")
+        counts = split_lists(_array(given, lists)).lengths
+        offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]))
+        nulls = pa.nulls(int(counts.sum()), field.type.value_type)
+        return pa.LargeListArray.from_arrays(offsets, nulls).cast(field.type)
+
     def predict(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, list[list[float]]]:
         """Columns of plain values, a value (or list) per request, times in seconds since the epoch (UTC) -> per task
-        a list per request of the scores of its candidates, in order."""
-        arrays = {}
-        for field in self.inputs:
-            if field.name not in columns:
+        a list per request of the scores of its candidates, in order. A column in which null has a meaning
+        (``optional_columns``) may be missing: it is null in all requests."""
+        optional = optional_columns(self.schema)
+        given = [field for field in self.inputs if field.name in columns]
+        missing = [field for field in self.inputs if field.name not in columns]
+        for field in missing:
+            if field.name not in optional:
                 raise DataError(f"the input has no column '{field.name}', which the model reads")
-            arrays[field.name] = _to_arrow(list(columns[field.name]), field)
-        scored = self.score(pa.table(arrays))
+        arrays = {field.name: _to_arrow(list(columns[field.name]), field) for field in given}
+        rows = max((len(array) for array in arrays.values()), default=0)
+        table = pa.table(arrays)
+        for field in missing:
+            table = table.append_column(field, self._nulls(field, table, rows))
+        scored = self.score(table)
         ends = np.cumsum(scored.num_impressions)[:-1]
         outputs = self.as_outputs(scored.logits)
         return {
@@ -169,11 +209,18 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
 
 def _to_arrow(values: list[Any], field: pa.Field) -> pa.Array:
     """Plain values as the column's type; seconds become timestamps. Raises DataError where they are of another."""
+    kind = plain_type(field.type)
+    inexact = [v for v in values if isinstance(v, float) and abs(v) >= EXACT] if pa.types.is_integer(kind) else []
+    if inexact:  # pandas makes floats of a column of integers with nulls in it
+        raise DataError(
+            f"column '{field.name}' of the input has {inexact[0]:.0f} as a float, which no longer tells it from its "
+            "neighbours; give such integers as dtype Int64 or object, or one request at a time"
+        )
     try:
         # lists of values may come as NumPy arrays
-        array = pa.array([v.tolist() if isinstance(v, np.ndarray) else v for v in values], plain_type(field.type))
+        array = pa.array([v.tolist() if isinstance(v, np.ndarray) else v for v in values], kind)
     except (pa.ArrowException, TypeError, ValueError) as error:
-        raise DataError(f"column '{field.name}' of the input is no {plain_type(field.type)}: {error}") from None
+        raise DataError(f"column '{field.name}' of the input is no {kind}: {error}") from None
     innermost = field.type.value_type if hasattr(field.type, "value_type") else field.type
     if not pa.types.is_timestamp(innermost):
         return array

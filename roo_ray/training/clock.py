@@ -11,25 +11,36 @@ from roo_ray.metrics.exchange import summed, wire_device
 
 
 class TrainingClock:
-    """Counts the time of training passes, from each one's first batch on. ``seconds`` None: without end.
+    """Counts the time of training passes, from each one's first batch on; what lies between passes (evaluation) is
+    not counted. ``seconds`` None: without end.
 
     A rank whose time is up says that its lanes are drained; as ever, the pass ends when no rank has a live lane, so
-    that no rank waits for another. The last step is still trained on by all.
+    that no rank waits for another. The step in progress is still trained on by all. Time is up when another step
+    would end further beyond the limit than this one ends before it: a run overshoots by half a step at most, as long
+    as steps take alike.
     """
 
     def __init__(self, seconds: float | None) -> None:
         self.seconds = seconds
-        self.began: float | None = None
+        self.passed = 0.0
         self.is_up = False
+        self._last = 0.0
 
-    def lanes(self, step: Step) -> int:
-        """The step's live lanes as this rank reports them; 0 once the time is up."""
+    def begin(self) -> None:
+        """A pass begins: its first batch is there."""
+        self._last = time.perf_counter()
+
+    def lanes(self, coming: Step) -> int:
+        """The live lanes of the step to come as this rank reports them, in the midst of a step; 0 once the time is
+        up."""
         if self.seconds is None:
-            return step.lanes_alive
+            return coming.lanes_alive
         now = time.perf_counter()
-        self.began = now if self.began is None else self.began
-        self.is_up = self.is_up or now - self.began >= self.seconds
-        return 0 if self.is_up else step.lanes_alive
+        step, self._last = now - self._last, now
+        self.passed += step
+        # half of the step in progress is to come, and half of another one is what it may overshoot by
+        self.is_up = self.is_up or self.passed + step >= self.seconds
+        return 0 if self.is_up else coming.lanes_alive
 
     def is_over(self) -> bool:
         """Whether any rank's time is up (collective where there is a limit)."""

@@ -34,6 +34,7 @@ from roo_ray.training.entry import train_worker
 from roo_ray.training.job import WorkerJob
 from roo_ray.training.prepare import data_metrics
 from roo_ray.training.progress import Say, progress_board
+from roo_ray.training.saver import KEEP_SCORE
 from roo_ray.training.signals import on_terminate
 from roo_ray.training.tracking import RunHandle, RunLogger, open_run
 
@@ -138,14 +139,12 @@ def elastic(workers: WorkerRange) -> int | tuple[int, int]:
 
 
 def checkpoints_to_keep(config: Config) -> CheckpointConfig:
-    """Ray Train keeps the last checkpoint in any case; those within an epoch have no score and go first."""
+    """Ray Train keeps the last checkpoint in any case; those within an epoch have no NE and go first."""
     training = config.training
     if training.keep_by == "last":
         return CheckpointConfig(num_to_keep=training.keep_checkpoints)
     return CheckpointConfig(
-        num_to_keep=training.keep_checkpoints,
-        checkpoint_score_attribute=f"eval/{config.request_schema.labels[0].name}/ne",
-        checkpoint_score_order="min",
+        num_to_keep=training.keep_checkpoints, checkpoint_score_attribute=KEEP_SCORE, checkpoint_score_order="max"
     )
 
 
@@ -232,13 +231,14 @@ def train(
             raise ended
         if result.checkpoint is None or result.metrics is None:
             raise ConfigError(f"run '{run_name}' trained nothing: it has no checkpoint and no epochs left")
+        reported = {name: value for name, value in result.metrics.items() if name != KEEP_SCORE}
         # Ray takes the scheme off the path
         path = join_path(config.storage, run_name, os.path.basename(result.checkpoint.path))
         save_json(
             config,
             run_name,
             RESULT_FILE,
-            {"checkpoint": redact_text(path), "metrics": finite(result.metrics), "mlflow_run_id": run.run_id},
+            {"checkpoint": redact_text(path), "metrics": finite(reported), "mlflow_run_id": run.run_id},
         )
         if folder_size(path) <= CHECKPOINT_ARTIFACT_LIMIT:
             with result.checkpoint.as_directory() as folder:
@@ -249,7 +249,7 @@ def train(
         succeeded = True
     finally:
         logger.end(succeeded, stopped=stopped)
-    metrics = {name: math.nan if value is None else value for name, value in result.metrics.items()}
+    metrics = {name: math.nan if value is None else value for name, value in reported.items()}
     return TrainingResult(run_name, path, metrics, run, time.perf_counter() - begin)
 
 

@@ -110,7 +110,9 @@ class Outbox:
                 self._spooled += len(entries)
             else:
                 self._queue.extend(entries)
-            self._changed.notify_all()
+            waiting = len(self._queue) + self._spooled
+            if waiting == len(entries) or waiting >= BATCH_METRICS:  # others would wake the thread for nothing
+                self._changed.notify_all()
 
     def keep(self) -> None:
         """Writes what is not stored yet to a file, from which ``recover`` takes it should this process be killed."""

@@ -8,6 +8,7 @@ agree on, report the checkpoint to Ray Train. What fails before that leaves no c
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -160,6 +161,17 @@ class Saver:
             return
         with self.filesystem.open_output_stream(f"{target}/{STATE_FILE}") as stream:  # appears when it is whole
             stream.write(content)
+
+
+KEEP_SCORE = "checkpoint_score"
+UNSCORED = -1e30  # finite: Ray Train keeps it as JSON
+
+
+def keep_score(metrics: Mapping[str, float], task: str) -> float:
+    """What Ray Train keeps the highest of: the held-out NE, negated; a checkpoint that has none goes first. (Under its
+    order ``min`` a checkpoint without the figure would count as the best of all.)"""
+    ne = metrics.get(f"eval/{task}/ne", math.nan)
+    return -ne if math.isfinite(ne) else UNSCORED
 
 
 def step_of(name: str) -> int | None:

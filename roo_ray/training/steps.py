@@ -69,7 +69,8 @@ class Trainer:
         ``self.times``. Raises TrainingDiverged on all ranks."""
         self.times = times
         self.left = coming = next(steps)
-        alive = lanes_alive(self.clock.lanes(coming), device)
+        self.clock.begin()
+        alive = lanes_alive(coming.lanes_alive, device)
         self.times.start()
         taken = 0
         while alive and alive >= ends_below:

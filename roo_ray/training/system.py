@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 from roo_ray.training.tracking import RunHandle
 
-SECONDS_BETWEEN_SAMPLES = 5.0
+SECONDS_BETWEEN_SAMPLES = 10.0  # a sample costs about 20 ms of CPU
+SECONDS_TO_END = 5.0
 
 
 @contextmanager
@@ -30,4 +31,4 @@ def system_metrics(run: RunHandle) -> Iterator[None]:
         # it waits for a sample under way: for minutes, where the server is down
         ending = threading.Thread(target=monitor.finish, name="system-metrics-end", daemon=True)
         ending.start()
-        ending.join(SECONDS_BETWEEN_SAMPLES)
+        ending.join(SECONDS_TO_END)

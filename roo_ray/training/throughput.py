@@ -27,19 +27,23 @@ class Throughput:
         self.wait_seconds += wait_seconds
 
     def over_ranks(self, device: torch.device, prefix: str) -> dict[str, float]:
-        """Metrics over all ranks (collective): totals, rates per second, share of time waiting for data."""
+        """Metrics over all ranks (collective): totals, rates per second of all and of a worker in the mean, share of
+        time waiting for data."""
         seconds = time.perf_counter() - self.begin
         totals = torch.tensor(
             [self.requests, self.impressions, self.wait_seconds, seconds], dtype=torch.float64, device=device
         )
         dist.all_reduce(totals)
         requests, impressions, waited, rank_seconds = totals.tolist()
-        wall = rank_seconds / dist.get_world_size()
+        world = dist.get_world_size()
+        wall = rank_seconds / world
         return {
             f"{prefix}/requests": requests,
             f"{prefix}/impressions": impressions,
             f"{prefix}/seconds": wall,
             f"{prefix}/requests_per_second": requests / wall,
             f"{prefix}/impressions_per_second": impressions / wall,
+            f"{prefix}/requests_per_second_per_worker": requests / wall / world,
+            f"{prefix}/impressions_per_second_per_worker": impressions / wall / world,
             f"{prefix}/data_wait_share": waited / rank_seconds,
         }

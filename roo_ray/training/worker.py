@@ -35,7 +35,7 @@ from roo_ray.training.counts import Counts
 from roo_ray.training.job import WorkerJob
 from roo_ray.training.order import OrderStats
 from roo_ray.training.requests_of import request_ids
-from roo_ray.training.saver import Saver, name_of
+from roo_ray.training.saver import KEEP_SCORE, Saver, keep_score, name_of
 from roo_ray.training.sharding import ShardedModel, shard
 from roo_ray.training.signals import StopWatch, watch_worker
 from roo_ray.training.steps import Trainer
@@ -368,13 +368,15 @@ class Worker:
         written = self.saver.collect()
         name = written.path.rsplit("/", 1)[-1]
         if written.problem is None:
-            self.logger.metrics({"checkpoint/write_ms": 1000 * written.seconds}, self.steps_done)
+            begin = time.perf_counter()
             ray.train.report(
-                written.metrics,
+                written.metrics | {KEEP_SCORE: keep_score(written.metrics, self.tasks[0])},
                 checkpoint=ray.train.Checkpoint(written.path, filesystem=self.storage),
                 checkpoint_dir_name=name,
                 checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
             )
+            took = {"write": written.seconds, "report": time.perf_counter() - begin}
+            self.logger.metrics({f"checkpoint/{part}_ms": 1000 * s for part, s in took.items()}, self.steps_done)
             return
         self.failed_saves += 1
         self.logger.metrics({"checkpoint/failed": float(self.failed_saves)}, self.steps_done)

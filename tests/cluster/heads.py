@@ -120,7 +120,7 @@ def of_session(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def ray_cli(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def ray_cli(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Runs `ray ...` from the root of the repository."""
     command = [str(BIN / "ray"), *arguments]
     env = {**os.environ, **QUIET}

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from mlflow.tracking import MlflowClient
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from roo_ray.cluster.grace import GRACE_VARIABLE
@@ -21,6 +22,7 @@ from roo_ray.requests.manifest import manifest_versions
 from roo_ray.training.checkpoint import read_state
 from tests.cluster.heads import ROOT, Head, ray_cli, ray_head, submit
 from tests.jobs.small import cli_overrides
+from tests.mlflow_server import Server
 
 NODE_TYPES: dict[str, Any] = {
     "ray.head.default": {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 0},
@@ -42,8 +44,16 @@ PLACING += ["ray.fall_back_labels={market: on_demand}", "ray.fall_back_after_s=1
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    with ray_head(2, {GRACE_VARIABLE: "60"}, NODE_TYPES) as head:
+    with ray_head(2, {GRACE_VARIABLE: "180"}, NODE_TYPES) as head:
         yield head
+
+
+@pytest.fixture(scope="module")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("mlflow"))
+    server.start()
+    yield server
+    server.stop()
 
 
 def until(what: str, question: Callable[[], Any], seconds: float = 150) -> Any:
@@ -73,14 +83,22 @@ def trainer_nodes(client: JobSubmissionClient) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_submitted_run_scales_up_stops_with_a_checkpoint_and_goes_on(head: Head, tmp_path: Path) -> None:
+def test_a_submitted_run_scales_up_stops_with_a_checkpoint_and_goes_on(
+    head: Head, mlflow_server: Server, tmp_path: Path
+) -> None:
     config = yaml.safe_load((ROOT / "configs/demo.yaml").read_text())
     (tmp_path / "schema.yaml").write_text((ROOT / "configs" / config["schema"]).read_text())
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config | {"schema": "schema.yaml"}))
     uri = (tmp_path / "config.yaml").as_uri()  # a config from a URI, its schema beside it
-    # a server would be one more process: the workers of this machine all see one SQLite file
     arguments = ["jobs/train.py", "--config", uri, *cli_overrides(tmp_path, *PLACING, "run_name=submitted")]
-    arguments += ["training.checkpoint_every_steps=1000000", "tracking.enabled=false"]
+    arguments += ["training.checkpoint_every_steps=1000000", f"tracking.uri={mlflow_server.uri}"]
+    tracked = MlflowClient(mlflow_server.uri)
+
+    def runs() -> list[tuple[str, str]]:
+        """(id, status) of the MLflow runs of this training, whatever started them."""
+        experiment = tracked.get_experiment_by_name("roo_ray").experiment_id
+        found = tracked.search_runs([experiment], "tags.`roo_ray.job` = 'train'")
+        return [(run.info.run_id, run.info.status) for run in found]
 
     client = until("the job server answers", lambda: job_client(head))
     done = [JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED]
@@ -119,6 +137,8 @@ def test_a_submitted_run_scales_up_stops_with_a_checkpoint_and_goes_on(head: Hea
     step = state.step
     assert step >= 15  # there was no other checkpoint: this is the one of the stop
     assert not (tmp_path / "runs/submitted/roo_ray_result.json").exists()
+    [(run_id, status)] = runs()
+    assert status == "KILLED"
 
     submit_too("wrong", "jobs/train.py", "--config", uri, "training.epoch=1")
     submit_too("second", *arguments, f"training.epochs={state.epoch + 1}")
@@ -130,6 +150,13 @@ def test_a_submitted_run_scales_up_stops_with_a_checkpoint_and_goes_on(head: Hea
     manifest_requests = result["metrics"]["epoch/requests"] + result["metrics"]["eval/requests"]
     assert manifest_versions(str(tmp_path / "requests")) == [1]
     assert manifest_requests == 900
+    assert runs() == [(run_id, "FINISHED")]  # one run over submit, stop and submit
+    run = tracked.get_run(run_id)
+    assert run.data.tags["roo_ray.run"] == "train/submitted"
+    losses = sorted(point.step for point in tracked.get_metric_history(run_id, "train/loss"))
+    assert losses == list(range(1, read_state(result["checkpoint"]).step + 1))  # each step once
+    assert run.data.metrics["eval/click/ne"] == pytest.approx(result["metrics"]["eval/click/ne"])
+    assert "review" in {item.path for item in tracked.list_artifacts(run_id)}
 
     until("the wrong config is refused", lambda: client.get_job_status("wrong") == JobStatus.FAILED)
     assert client.get_job_info("wrong").driver_exit_code == EXIT_BAD_INPUT

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
-import signal
 from pathlib import Path
 
 import pytest
@@ -13,11 +11,13 @@ import torch
 from mlflow.tracking import MlflowClient
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from roo_ray.errors import Stopped
 from roo_ray.training.checkpoint import read_state
 from roo_ray.training.launch import train
 from roo_ray.training.prepare import prepare
+from tests.jobs.faults import Faults, What
 from tests.jobs.small import small_config
-from tests.jobs.test_main_path import one_of_the_trainers, quiet
+from tests.jobs.test_main_path import quiet
 
 SETTINGS = (
     "training.deterministic=true",
@@ -26,9 +26,10 @@ SETTINGS = (
     "training.log_every=1",
     "training.max_failures=1",  # a notice is no failure, and a run after it may fail again
     "ingest.batch_impressions=16",
-    "source.requests=1200",
-    "source.requests_per_task=400",
+    "source.requests=4000",
+    "source.requests_per_task=1000",
 )
+FAULTS: tuple[What, ...] = ("kill", "notice", "kill", "stop", "kill")
 
 
 def tensors(checkpoint: str, folder: Path) -> dict[str, torch.Tensor]:
@@ -49,40 +50,41 @@ def tensors(checkpoint: str, folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_workers_killed_at_random_steps_change_nothing(local_ray: None, tmp_path: Path) -> None:
+def test_workers_killed_at_random_steps_and_a_stopped_driver_change_nothing(local_ray: None, tmp_path: Path) -> None:
     config = small_config(tmp_path, *SETTINGS)
     prepare(config, "build", quiet)
     reference = train(config, "undisturbed", quiet)
     steps = read_state(reference.checkpoint).step
     seed = random.randrange(10**6)
     chosen = random.Random(seed)
-    # lines come half a second late: the last third is for what comes after the last kill
-    chosen_steps = [chosen.randrange(12 + part * steps // 5, (part + 1) * steps // 5) for part in range(3)]
-    # (step, what): two workers are killed, one between them gets a spot instance's notice
-    plan = list(zip(chosen_steps, ("kill", "notice", "kill"), strict=True))
+    part = steps // (len(FAULTS) + 2)  # the last parts are for what comes after the last fault
+    plan = [(chosen.randrange(max(part * i, 5), part * (i + 1)), what) for i, what in enumerate(FAULTS)]
     print(f"seed {seed}: {plan} of {steps} steps")
-    done: list[str] = []
-    lines: list[str] = []
-    ready = False
-
-    def disturb(line: str) -> None:
-        nonlocal ready
-        lines.append(line)
-        ready = ready or "workers ready" in line
-        found = re.search(r"epoch 1/1  step (\d+) ", line)
-        if found and ready and plan and int(found[1]) >= plan[0][0]:
-            what = plan.pop(0)[1]
-            done.append(what)
-            ready = False  # until the next group of workers has begun
-            os.kill(one_of_the_trainers(), signal.SIGKILL if what == "kill" else signal.SIGTERM)
-
-    result = train(config, "disturbed", disturb)
-    assert done == ["kill", "notice", "kill"]
     client = MlflowClient(config.tracking.uri)
     experiment = client.get_experiment_by_name("roo_ray")
     named = "tags.`roo_ray.run` = 'train/disturbed'"
-    resumed = [line for line in lines if "resumed after epoch 0, step" in line and "within an epoch" in line]
-    assert len(resumed) >= 2
+    faults = Faults(Path(config.storage) / "disturbed", plan, seed)
+    with faults.at_work():
+        with pytest.raises(Stopped, match="the same run_name goes on there") as stopped:
+            train(config, "disturbed", faults.listen)
+        assert [run.info.status for run in client.search_runs([experiment.experiment_id], named)] == ["KILLED"]
+        result = train(config, "disturbed", faults.listen)
+    print(f"{faults.done}, resumed at {faults.resumed}")
+    assert tuple(fault.what for fault in faults.done) == FAULTS
+
+    # after each fault the run went on within the epoch: after a signal where it stopped, after a kill at the last
+    # checkpoint that was known, or one that became known before the group was found dead
+    assert len(faults.resumed) == len(FAULTS)
+    assert all(within for _, within in faults.resumed)
+    evicted = next(line for line in faults.lines if "got SIGTERM" in line)
+    at = {"stop": re.findall(r"at step (\d+)", str(stopped.value)), "notice": re.findall(r"at step (\d+)", evicted)}
+    for fault, (step, _) in zip(faults.done, faults.resumed, strict=True):
+        if fault.what == "kill":
+            assert fault.known <= step
+            assert step % 5 == 0
+        else:
+            assert [str(step)] == at[fault.what]
+            assert step >= fault.known
 
     # one run, every step logged once, every request trained on once, and the same bits in the end
     runs = client.search_runs([experiment.experiment_id], named)

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import signal
-from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
-import ray
 from mlflow.tracking import MlflowClient
 
 from roo_ray.config import Config, load_config
@@ -20,6 +14,7 @@ from roo_ray.requests.manifest import Manifest, load_manifest
 from roo_ray.training.checkpoint import read_state
 from roo_ray.training.launch import TrainingResult, evaluate, find_checkpoint, train
 from roo_ray.training.prepare import prepare
+from tests.jobs.faults import Faults
 from tests.jobs.small import ROOT, small_config
 
 
@@ -64,6 +59,9 @@ def test_training_logs_what_a_reviewer_needs(two_workers: tuple[Config, Training
     for name in ("ne", "auc", "gauc", "calibration", "bayes_ne", "bayes_auc"):
         assert f"eval/click/{name}" in metrics
     assert 0 <= metrics["epoch/data_wait_share"] <= 1
+    for unit in ("requests", "impressions"):
+        each, every = (metrics[f"train/{unit}_per_second{of}"] for of in ("_per_worker", ""))
+        assert 2 * each == pytest.approx(every)
     assert metrics["data/dedup_ratio_disk_bytes"] > 1
     assert metrics["eval/click/bayes_ne"] < metrics["eval/click/ne"]
     artifacts = {item.path for item in client.list_artifacts(result.run.run_id)}
@@ -101,37 +99,29 @@ def test_from_two_workers_to_one_to_three_through_checkpoints(
     """SIGKILL on one of two workers, SIGTERM to the driver with one, then three to the end: the undisturbed curve in
     one MLflow run, and every request trained on once."""
     config, reference = two_workers
-    lines: list[str] = []
-    disturb: list[Callable[[], None]] = [
-        lambda: os.kill(one_of_the_trainers(), signal.SIGKILL),
-        lambda: os.kill(os.getpid(), signal.SIGTERM),
-    ]
-
-    def listen(line: str) -> None:
-        lines.append(line)
-        found = re.search(r"epoch ./2  step (\d+) ", line)
-        if found and disturb and int(found[1]) >= 6 and len(disturb) + lines.count("next") == 2:
-            disturb.pop(0)()
+    faults = Faults(folder / "runs/chain", [(2, "kill"), (4, "stop")], delay=0.0)
 
     def with_workers(workers: int) -> Config:
         settings = ("training.checkpoint_every_steps=2", "training.log_every=1", "training.max_failures=0")
         return small_config(folder, *settings, f"training.workers={workers}")
 
-    with pytest.raises(Exception):  # noqa: B017, PT011  (whatever Ray makes of a lost process)
-        train(with_workers(2), "chain", listen)
-    assert len(disturb) == 1
-    lines.append("next")
-    with pytest.raises(Stopped, match="the same run_name goes on there"):
-        train(with_workers(1), "chain", listen)
-    client = MlflowClient(config.tracking.uri)
-    named = "tags.`roo_ray.run` = 'train/chain'"
-    experiment = client.get_experiment_by_name("roo_ray").experiment_id
-    assert [run.info.status for run in client.search_runs([experiment], named)] == ["KILLED"]
-    lines.append("next")
-    result = train(with_workers(3), "chain", listen)
-    resumed = [line for line in lines if "resumed after epoch" in line]
-    assert len(resumed) == 2
-    assert any("within an epoch" in line for line in resumed)
+    with faults.at_work():
+        with pytest.raises(Exception):  # noqa: B017, PT011  (whatever Ray makes of a lost process)
+            train(with_workers(2), "chain", faults.listen)
+        assert [fault.what for fault in faults.done] == ["kill"]
+        with pytest.raises(Stopped, match="the same run_name goes on there") as stopped:
+            train(with_workers(1), "chain", faults.listen)
+        client = MlflowClient(config.tracking.uri)
+        named = "tags.`roo_ray.run` = 'train/chain'"
+        experiment = client.get_experiment_by_name("roo_ray").experiment_id
+        assert [run.info.status for run in client.search_runs([experiment], named)] == ["KILLED"]
+        result = train(with_workers(3), "chain", faults.listen)
+    killed, stop = faults.resumed  # (step, whether within an epoch)
+    last = max(curve(config, reference))
+    assert faults.done[0].known <= killed[0] < last
+    assert stop[0] == int(re.findall(r"at step (\d+)", str(stopped.value))[0])
+    assert killed[1] or killed[0] == last // 2  # at the end of the first epoch there is nothing to go on within
+    assert stop[1]
 
     runs = client.search_runs([experiment], named)
     assert [(run.info.status, run.info.run_id) for run in runs] == [("FINISHED", result.run.run_id)]
@@ -143,16 +133,6 @@ def test_from_two_workers_to_one_to_three_through_checkpoints(
     assert states[0].trained == states[1].trained  # the sum of the request keys among it
     assert states[0].trained["requests"] == result.metrics["epoch/requests"]
     assert states[0].position is None
-
-
-def one_of_the_trainers() -> int:
-    """The process of a worker of this Ray."""
-    raylet = ray._private.worker._global_node.all_processes["raylet"][0].process.pid
-    for process in psutil.Process(raylet).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                return int(process.pid)
-    raise AssertionError("no trainer is running")
 
 
 def test_another_order_is_refused_with_the_difference(two_workers: tuple[Config, TrainingResult], folder: Path) -> None:

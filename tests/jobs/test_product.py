@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from mlflow.tracking import MlflowClient
+from moto.server import ThreadedMotoServer
 from sklearn.metrics import roc_auc_score
 
 from roo_ray.config import Config
@@ -121,6 +125,50 @@ def test_predict_scores_every_row_once(trained: tuple[Config, Manifest, Training
     assert json.loads((folder / "predicted" / NOTE).read_text())["impressions"] == manifest.impressions
     with pytest.raises(ConfigError, match="exists and is not empty"):
         predict(config, "product", f"{folder}/predicted", quiet)
+
+
+@pytest.fixture
+def bucket() -> Iterator[Callable[[str], str]]:
+    """Path -> its URI in a bucket on an S3 server on loopback."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    client = boto3.client(
+        "s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1",
+        aws_access_key_id="key", aws_secret_access_key="hunter2",
+    )  # fmt: skip
+    client.create_bucket(Bucket="bucket")
+    query = f"endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+    yield lambda path: f"s3://key:hunter2@bucket/{path}?{query}"
+    server.stop()
+
+
+def test_predict_from_and_to_an_object_store(
+    trained: tuple[Config, Manifest, TrainingResult], bucket: Callable[[str], str], folder: Path
+) -> None:
+    """The same scores as from and to local files; the note comes last, and what fails leaves no file behind."""
+    config, manifest, _ = trained
+    remote, base = pafs.FileSystem.from_uri(bucket("sets/requests"))
+    pafs.copy_files(config.requests, base, pafs.LocalFileSystem(), remote)
+    stored = config.model_copy(update={"requests": bucket("sets/requests")})
+    done = predict(stored, "product", bucket("scores/all"), quiet, actors=2)
+    assert (done.requests, done.impressions) == (manifest.requests, manifest.impressions)
+    names = sorted(item.base_name for item in remote.get_file_info(pafs.FileSelector("bucket/scores/all")))
+    assert names == [NOTE, *(f"part-{number:05d}.parquet" for number in range(done.files))]
+    found = pq.read_table("bucket/scores/all", filesystem=remote)
+    local = predict(config, "product", f"{folder}/predicted-beside", quiet)
+    assert found.equals(pq.read_table(local.output))
+    with remote.open_input_stream(f"bucket/scores/all/{NOTE}") as stream:
+        note = stream.read().decode()
+    assert json.loads(note)["impressions"] == manifest.impressions
+    assert "hunter2" not in note  # the keys of a URI are not kept
+    with pytest.raises(ConfigError, match="s3://bucket/scores/all exists and is not empty"):
+        predict(stored, "product", bucket("scores/all"), quiet)
+    remote.delete_file(f"{base}/{manifest.files[-1].path}")
+    with pytest.raises(DataError, match=Path(manifest.files[-1].path).name):
+        predict(stored, "product", bucket("scores/half"), quiet)
+    left = remote.get_file_info(pafs.FileSelector("bucket/scores/half", allow_not_found=True, recursive=True))
+    assert [item.path for item in left if item.is_file] == []
 
 
 def test_a_failed_prediction_leaves_nothing(

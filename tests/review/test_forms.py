@@ -27,10 +27,17 @@ def test_figures_table_and_pictures(tmp_path: Path) -> None:
     assert second["same_time/samples_ratio"] == 4
     assert second["same_time/impression_samples_per_second"] == 25
     assert second["same_time/request_click_ne"] == 0.92
-    compared = FormsCompared(same_data, same_time, first | second, RunHandle(None))
+    data = {
+        "data/disk_bytes_request_level": 2e6,
+        "data/disk_bytes_impression_level": 9e6,
+        "data/dedup_ratio_flops": 3.0,
+    }
+    compared = FormsCompared(same_data, same_time, first | second | data, RunHandle(None))
     rows = comparison_rows(compared, "click")
     assert rows[0] == ["same data: training (s)", "10.0", "40.0", "4.00x"]
     assert ["same wall time: held-out NE", "0.9200", "0.9700", "-0.0500"] in rows
+    assert rows[-2] == ["data set on disk (MB)", "2.0", "9.0", "4.50x"]
+    assert rows[-1][-1] == "3.00x"
     comparison_pictures(tmp_path, same_data, same_time, "click", 5.0)
     assert {path.name for path in tmp_path.iterdir()} == {
         "ne_over_samples.png",

@@ -31,7 +31,7 @@ from roo_ray.training.checkpoint import STATE_FILE, RunState
 from tests.ingest.shard_maker import random_rows, schema, write_data_set
 
 MODEL = Model(dim=8, layers=1, heads=2, user_dim=8, cross_layers=1, cross_rank=4, tower=[8])
-COUNTS = [1, 5, 3, 9, 2, 7]
+COUNTS = [1, 5, 3, 9, 2, 7, 4, 1, 6, 2]
 
 
 class Trained:
@@ -104,6 +104,8 @@ def test_wrong_inputs_are_named(trained: Trained) -> None:
         scorer.predict(columns | {"price": short})
     with pytest.raises(DataError, match="no column history_time"):
         scorer.score(trained.table.drop_columns(["history_time"]))
+    with pytest.raises(DataError, match=r"column 'country_id' of the input has 18014398509481984 as a float"):
+        scorer.predict(columns | {"country_id": [2.0**54] + [None] * (len(COUNTS) - 1)})
     empty = scorer.predict({name: [] for name in columns})
     assert empty == {"click": [], "buy": []}
 
@@ -123,14 +125,33 @@ def test_mlflow_model_with_a_signature(trained: Trained, tmp_path: Path) -> None
     assert names == trained.inputs.names
     assert loaded.metadata.signature.outputs.input_names() == ["click", "buy"]
     columns = plain_columns(trained.table, schema())
-    full = [row for row in range(len(COUNTS)) if all(columns[name][row] is not None for name in columns)]
-    rows = pd.DataFrame({name: [values[row] for row in full] for name, values in columns.items()})
-    scores = loaded.predict(rows.iloc[:1])  # one request
+    nulls = {name for name, values in columns.items() if any(value is None for value in values)}
+    assert {"age", "country_id", "interest_words", "device_id", "history_item"} <= nulls  # integers among them
+    assert any(None in row for row in columns["topic_id"])
+    rows = pd.DataFrame(columns)
     expected = Scorer.load(trained.exported).predict(columns)
-    assert scores["click"][0] == pytest.approx(expected["click"][full[0]], abs=1e-6)
+    for task, scores in expected.items():
+        found = loaded.predict(rows)[task].tolist()  # all at once: pandas makes floats of integers beside nulls
+        assert np.concatenate(found) == pytest.approx(np.concatenate(scores), abs=1e-6)
+    for row in range(len(COUNTS)):  # one request, as a service sends it
+        one = pd.DataFrame([{name: values[row] for name, values in columns.items()}])
+        assert loaded.predict(one)["click"][0] == pytest.approx(expected["click"][row], abs=1e-6)
     assert not list((tmp_path / "model").rglob("*.pkl"))
     with pytest.raises(mlflow.exceptions.MlflowException, match="item_id"):
         loaded.predict(rows.drop(columns="item_id"))
+
+    # what may be null may be left out, and is null then
+    optional = [name for name in names if not loaded.metadata.signature.inputs.input_dict()[name].required]
+    assert {"age", "topic_id", "price", "history_time", "tag_ids", "device_id"} <= set(optional)
+    assert not {"is_subscriber", "item_id"} & set(optional)
+    candidates = ("topic_id", "price", "rank", "tag_ids")
+    null = {
+        name: [[None] * count for count in COUNTS] if name in candidates else [None] * len(COUNTS) for name in optional
+    }
+    without = loaded.predict(rows.drop(columns=optional))["click"].tolist()
+    with_nulls = Scorer.load(trained.exported).predict(columns | null)["click"]
+    assert np.concatenate(without) == pytest.approx(np.concatenate(with_nulls), abs=1e-6)
+    assert np.concatenate(without) != pytest.approx(np.concatenate(expected["click"]), abs=1e-6)
 
 
 def test_a_scoring_process_writes_its_files(trained: Trained, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import shutil
@@ -19,7 +20,7 @@ from moto.server import ThreadedMotoServer
 from roo_ray.errors import DataError
 from roo_ray.storage import join_path, open_filesystem
 from roo_ray.training import checkpoint
-from roo_ray.training.saver import Saver, name_of, remove_leftovers
+from roo_ray.training.saver import UNSCORED, Saver, keep_score, name_of, remove_leftovers
 from tests.training.ranks import full_weights, run_ranks, sharded_model, train_steps
 from tests.training.test_checkpoint import STATE
 
@@ -135,3 +136,9 @@ def test_a_crash_before_the_last_file_leaves_no_checkpoint(tmp_path: Path) -> No
     assert checkpoint.read_state(whole).step == 1
     assert (tmp_path / "other").is_dir()
     assert remove_leftovers(pafs.LocalFileSystem(), str(tmp_path), last_step=0) == [whole.name]
+
+
+def test_a_checkpoint_without_a_figure_is_the_first_to_go() -> None:
+    scores = [keep_score(metrics, "click") for metrics in ({}, {"eval/click/ne": math.nan}, {"eval/click/ne": 0.9})]
+    assert scores == [UNSCORED, UNSCORED, -0.9]
+    assert keep_score({"eval/click/ne": 0.8}, "click") > scores[2] > UNSCORED
