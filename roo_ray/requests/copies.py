@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from roo_ray.schema import Schema
-from roo_ray.sources.columns import take_table
-from roo_ray.sources.compare import Ints, Mask, differing_rows
+from roo_ray.sources.columns import as_array, is_list, take_table
+from roo_ray.sources.compare import Ints, Mask, differing_rows, same_lists
 from roo_ray.sources.hashing import Hashes
 
 NOT_FOUND = -1
@@ -74,9 +74,12 @@ class SharedCopies:
         return keeps, number, copies
 
     def _forget(self) -> None:
+        # lists stay in the chunks that they came in, the other columns of all copies lie in one table
         self.chunks: list[pa.Table] = []
+        self.starts: list[int] = []  # the first copy of each chunk
+        self.others: pa.Table | None = None
         self.requests = np.zeros(0, np.uint64)  # (known,) sorted
-        self.buckets, self.numbers, self.chunk, self.row = (np.zeros(0, np.int64) for _ in range(4))
+        self.buckets, self.numbers, self.copies = (np.zeros(0, np.int64) for _ in range(3))
 
     def _find(self, requests: Hashes, buckets: Ints) -> Ints:
         """(N,) the position of the known copy of each request in its bucket, or NOT_FOUND."""
@@ -88,12 +91,21 @@ class SharedCopies:
 
     def _alike(self, table: pa.Table, order: Ints, rows: Ints, known: Ints) -> Ints:
         """Those of ``rows`` (positions in ``order``) that say what their known copies say."""
-        found = [np.zeros(0, np.int64)]
-        for number, chunk in enumerate(self.chunks):
-            some = rows[self.chunk[known[rows]] == number]
-            for name in self.columns:
-                its = self.row[known[some]]
-                some = some[~differing_rows(table.column(name), order[some], its, chunk.column(name))]
+        if self.others is None or not len(rows):
+            return rows[:0]
+        its = self.copies[known[rows]]  # (rows,) the copy of each
+        for name in self.others.column_names:
+            alike = ~differing_rows(table.column(name), order[rows], its, self.others.column(name))
+            rows, its = rows[alike], its[alike]
+        lists = {name: as_array(table.column(name)) for name in self.chunks[0].column_names}
+        chunk = np.searchsorted(self.starts, its, side="right") - 1
+        found = [rows[:0]]
+        for number in np.unique(chunk).tolist():
+            here = chunk == number
+            some, copy = rows[here], its[here] - self.starts[number]
+            for name, array in lists.items():
+                same = same_lists(array, order[some], self.chunks[number].column(name), copy)
+                some, copy = some[same], copy[same]
             found.append(some)
         return np.concatenate(found)
 
@@ -106,24 +118,26 @@ class SharedCopies:
         return numbers
 
     def _add(self, copies: pa.Table, rows: Ints, requests: Hashes, buckets: Ints, numbers: Ints) -> None:
-        """Remembers the first copies of requests."""
+        """Remembers ``copies``, of which ``rows`` are the first ones of requests."""
         if not len(rows):
             return
         if sum(chunk.nbytes for chunk in self.chunks) + copies.nbytes > self.most_bytes:
             self._forget()
         if copies.nbytes > self.most_bytes:
             return
-        self.chunk = np.concatenate([self.chunk, np.full(len(rows), len(self.chunks))])
-        self.row = np.concatenate([self.row, rows])
+        lists = [field.name for field in copies.schema if is_list(field.type)]
+        others = copies.drop_columns(lists)
+        first = 0 if self.others is None else self.others.num_rows
+        self.others = others if self.others is None else pa.concat_tables([self.others, others]).combine_chunks()
         every = np.concatenate([self.requests, requests])
         order = np.argsort(every, kind="stable")
-        self.requests, self.chunk, self.row = every[order], self.chunk[order], self.row[order]
+        self.requests = every[order]
+        self.copies = np.concatenate([self.copies, rows + first])[order]
         self.buckets = np.concatenate([self.buckets, buckets])[order]
         self.numbers = np.concatenate([self.numbers, numbers])[order]
-        self.chunks.append(copies)
+        self.chunks.append(copies.select(lists))
+        self.starts.append(first)
         while len(self.chunks) > 1 and sum(chunk.nbytes for chunk in self.chunks[-2:]) < SMALL_BYTES:
             last, before = self.chunks.pop(), self.chunks.pop()
-            moved = self.chunk > len(self.chunks)
-            self.row[moved] += before.num_rows
-            self.chunk[moved] -= 1
+            self.starts.pop()
             self.chunks.append(pa.concat_tables([before, last]).combine_chunks())

@@ -165,13 +165,32 @@ def _differing_lists(array: pa.Array, left: Ints, other: pa.Array, right: Ints) 
     return differs
 
 
+def same_lists(column: pa.Array | pa.ChunkedArray, left: Ints, other: pa.Array | pa.ChunkedArray, right: Ints) -> Mask:
+    """(N,) bool: whether the lists at rows ``left`` and those of ``other`` at ``right`` have equal bytes, or are both
+    null: ``differing_rows`` without what only looks different (0.0 and -0.0). By values where they are not plain."""
+    array, second = as_array(column), as_array(other)
+    ours, its = byte_rows(array), byte_rows(second)
+    if ours is None or its is None:
+        return ~differing_rows(array, left, right, second)
+    same = _equal_blocks(ours, left, its, right, np.full(len(left), max(len(array.values) // max(len(array), 1), 1)))
+    if array.null_count and second.null_count:
+        same |= _null_mask(array)[left] & _null_mask(second)[right]
+    return same
+
+
 def _same_bytes(array: pa.Array, left: Ints, other: pa.Array, right: Ints, lengths: Ints) -> Mask:
     """(N,) bool: whether the lists at rows ``left`` and those of ``other`` at ``right``, of the same ``lengths``, have
     equal bytes, and so are equal. False where that is not known: for lists of text, lists or nulls."""
-    same = np.zeros(len(left), np.bool_)
     ours, its = byte_rows(array), byte_rows(other)
     if ours is None or its is None:
-        return same
+        return np.zeros(len(left), np.bool_)
+    return _equal_blocks(ours, left, its, right, lengths)
+
+
+def _equal_blocks(ours: pa.Array, left: Ints, its: pa.Array, right: Ints, lengths: Ints) -> Mask:
+    """(N,) bool: whether binary values are equal; false for nulls. So many at a time that their ``lengths`` (N,)
+    stay within bounds."""
+    same = np.zeros(len(left), np.bool_)
     parts = np.flatnonzero(np.diff(np.cumsum(lengths) // TOKENS_AT_ONCE, prepend=-1))
     for begin, end in pairwise([*parts.tolist(), len(left)]):
         taken = ours.take(pa.array(left[begin:end])), its.take(pa.array(right[begin:end]))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from roo_ray.ingest.lists import BLOCK, gather, ranges
 from roo_ray.sources.columns import byte_rows, take_rows, take_table
-from roo_ray.sources.compare import differing_rows
+from roo_ray.sources.compare import differing_rows, same_lists
 
 VALUES: dict[pa.DataType, st.SearchStrategy[Any]] = {
     pa.int8(): st.integers(-128, 127),
@@ -62,6 +62,10 @@ def test_rows_differ_where_their_values_do(array: pa.Array, data: st.DataObject)
     assert differing_rows(array, left, right).tolist() == expected
     other = array.take(pa.array(right))
     assert differing_rows(array, left, np.arange(len(right)), other).tolist() == expected
+    same = same_lists(array, left, other, np.arange(len(right)))
+    assert not (same & np.array(expected, np.bool_)).any()
+    alike = [repr(values[a]) == repr(values[b]) for a, b in zip(left, right, strict=True)]  # -0.0 looks different
+    assert same[np.array(alike, np.bool_)].all()
 
 
 def test_lists_without_a_value_of_a_staging_file_are_taken() -> None:
