@@ -116,13 +116,14 @@ ENGINES = {"roo_ray": roo_join, "polars": polars_join, "duckdb": duckdb_join, "p
 
 
 def main() -> None:
-    """``ENGINE LOG OUT RUNS OPTIONS``: prints {"seconds": [...]}."""
+    """``ENGINE LOG OUT RUNS OPTIONS``: prints ``run N`` as each begins, and {"seconds": [...]}."""
     engine, log, out, runs, options = sys.argv[1:6]
     join = ENGINES[engine](log, **json.loads(options))
     seconds = []
-    for _ in range(int(runs)):
+    for number in range(int(runs)):
         shutil.rmtree(out, ignore_errors=True)
         Path(out).mkdir(parents=True)
+        print(f"run {number}", flush=True)
         began = time.perf_counter()
         join(out)
         seconds.append(time.perf_counter() - began)
