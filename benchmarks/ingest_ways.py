@@ -58,20 +58,20 @@ def collate(table: pa.Table) -> RequestBatch:
     lists = {name: _lists(_array(table, name)) for name in table.column_names}
     history = lists["history_item"].select(rows, last=HISTORY)
     lengths = torch.from_numpy(history.lengths)
-    index = pa.array(history.index)
+    tokens = int(history.lengths.sum())
     items = lists["item_id"].select(rows)
-    flat = pa.array(items.index)
+    size = int(items.lengths.sum())
     ones = torch.ones(table.num_rows, dtype=torch.int64)
-    ones_impressions = torch.ones(len(items.index), dtype=torch.int64)
+    ones_impressions = torch.ones(size, dtype=torch.int64)
 
     def events(name: str) -> torch.Tensor:
-        return _tensor(lists[name].values.take(index), np.int64)
+        return _tensor(history.of(lists[name].values), np.int64)
 
     def impressions(name: str, kind: Any) -> torch.Tensor:
-        return _tensor(lists[name].values.take(flat), kind)
+        return _tensor(items.of(lists[name].values), kind)
 
     clicked = impressions("clicked", np.float32)[:, None]
-    position = np.arange(len(items.index)) - np.repeat(np.cumsum(items.lengths) - items.lengths, items.lengths)
+    position = np.arange(size) - np.repeat(np.cumsum(items.lengths) - items.lengths, items.lengths)
     placement = torch.stack([impressions("position", np.float32), impressions("item_age", np.float32)], 1)
     return RequestBatch(
         num_impressions=torch.from_numpy(items.lengths),
@@ -86,8 +86,8 @@ def collate(table: pa.Table) -> RequestBatch:
             "history.history_item": Jagged(events("history_item"), lengths),
             "history.history_topic": Jagged(events("history_topic"), lengths),
         },
-        sequence_dense={"history": torch.zeros(len(history.index), 0)},
-        sequence_time={"history": _tensor(lists["history_time"].values.take(index).cast(pa.int64()), np.float64) / 1e3},
+        sequence_dense={"history": torch.zeros(tokens, 0)},
+        sequence_time={"history": _tensor(history.of(lists["history_time"].values).cast(pa.int64()), np.float64) / 1e3},
         impression_ids={
             "item": Jagged(impressions("item_id", np.int64), ones_impressions),
             "item_topic": Jagged(impressions("topic_id", np.int64), ones_impressions),
