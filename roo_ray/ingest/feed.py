@@ -47,8 +47,10 @@ def _read_block(block: pa.Table, settings: PackSettings) -> Iterator[pa.Table]:
         yield pa.concat_tables(packed, promote_options="default" if ERROR in packed[-1].column_names else "none")
 
 
-def read_blocks(settings: PackSettings, some_parcels: Iterable[Parcel], held_cpus: float) -> Iterator[tuple[int, Any]]:
-    """(rank, reference to the packed table) of each parcel, in their order, read by Ray Data where this process's
+def read_blocks(
+    settings: PackSettings, some_parcels: Iterable[Parcel], held_cpus: float
+) -> Iterator[tuple[Parcel, Any]]:
+    """(parcel, reference to its packed table) of each parcel, in their order, read by Ray Data where this process's
     data tasks run (``session.place_data``).
 
     ``held_cpus``: CPUs of the cluster that are not for reading. Ray must be initialised.
@@ -73,17 +75,17 @@ def read_blocks(settings: PackSettings, some_parcels: Iterable[Parcel], held_cpu
             num_cpus=1,
             resources=session.placing().resources,
         )
-        ranks = iter([parcel.rank for parcel in some])
+        read = iter(some)
         bundles = packed.iter_internal_ref_bundles()
         try:
             for bundle in bundles:
                 for entry in bundle.blocks:
-                    yield next(ranks), entry.ref
+                    yield next(read), entry.ref
         finally:
             close = getattr(bundles, "close", None)
             if close is not None:
                 close()
-        if next(ranks, None) is not None:
+        if next(read, None) is not None:
             raise RuntimeError("Ray Data ended with windows missing")
 
 
@@ -100,6 +102,7 @@ class Feed:
         self.changed = threading.Condition()
         self.arrived = [asyncio.Event() for _ in owners]
         self.most = [0 for _ in owners]
+        self.coming = [0 for _ in owners]  # windows that a rank has yet to get
         self.ended = False
         self.error: BaseException | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -111,12 +114,18 @@ class Feed:
         try:
             packing, plans = settings.open()
             lanes = sorted(self.owner)
+            for plan in plans:
+                for lane in lanes:
+                    first = settings.start.window(plan.epoch, lane) if settings.start else 0
+                    self.coming[self.owner[lane]] += max(plan.num_windows(lane) - first, 0)
             windows = (window for plan in plans for window in plan.reading_order(lanes, settings.start))
             store = ray.cluster_resources().get("object_store_memory", 0.0)
             together = parcels(windows, self.owner, PackedSize(settings.schema), parcel_bytes(store, len(self.queues)))
-            for rank, block in read_blocks(packing, together, held_cpus):
+            for parcel, block in read_blocks(packing, together, held_cpus):
+                rank = parcel.rank
                 with self.changed:
                     self.queues[rank].append(block)
+                    self.coming[rank] -= len(parcel.windows)
                     self.most[rank] = max(self.most[rank], len(self.queues[rank]))
                     self._wake(rank)
                     del block
@@ -130,8 +139,10 @@ class Feed:
                     self._wake(rank)
 
     def _hungry(self) -> bool:
-        # any rank: blocks come in a fixed order, and the one a rank waits for may be behind another's
-        return any(len(queue) < BLOCKS_AHEAD for queue in self.queues)
+        # any rank that has something to come: blocks come in a fixed order, and the one that it waits for may be behind
+        # another's
+        waiting = [len(queue) for queue, coming in zip(self.queues, self.coming, strict=True) if coming]
+        return not waiting or min(waiting) < BLOCKS_AHEAD
 
     async def most_waiting(self) -> list[int]:
         """The most blocks that have waited at a time for each rank. Ranks that take steps together, as trainers

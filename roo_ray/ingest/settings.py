@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from roo_ray.config import Holdout, Ingest
+from roo_ray.errors import DataError
 from roo_ray.ingest.budget import IMPRESSION_COST
 from roo_ray.ingest.holdout import check_sides, select_files
 from roo_ray.ingest.pack import PackSettings
@@ -43,6 +44,12 @@ class StreamSettings:
         check_sides(self.data_set, manifest, self.schema, self.holdout, self.side)
         units = units_of(select_files(manifest, self.holdout, self.side))
         ingest = self.ingest
+        if ingest.drop_last and self.side == "train" and len(units) < ingest.lanes:
+            raise DataError(
+                f"ingest.drop_last ends an epoch with the first lane that has no more data, and {self.data_set} has "
+                f"{len(units)} row groups to train on for {ingest.lanes} lanes, so that nothing would be trained on; "
+                "lower ingest.lanes, build with smaller row groups (build.row_group_requests), or leave drop_last off"
+            )
         packing = PackSettings(
             self.data_set,
             self.schema,

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from roo_ray.schema import Schema
-from roo_ray.sources.columns import as_array, is_list, take_table
-from roo_ray.sources.compare import Ints, Mask, differing_rows, same_lists
+from roo_ray.sources.columns import as_array, take_table
+from roo_ray.sources.compare import Ints, Mask, differing_rows, same_blocks
 from roo_ray.sources.hashing import Hashes
 
 NOT_FOUND = -1
@@ -48,6 +48,12 @@ class SharedCopies:
         self.staged = np.zeros(buckets, np.int64)  # (buckets,) copies so far
         self._forget()
 
+    @property
+    def bytes(self) -> int:
+        """Of the copies that are remembered, in memory."""
+        parts = [*self.chunks, *([] if self.others is None else [self.others])]
+        return sum(int(part.nbytes) for part in parts)
+
     def share(self, table: pa.Table, dealt: Dealt) -> tuple[Mask, Ints, pa.Table]:
         """Which rows keep their copy, and whose copy each row uses.
 
@@ -74,10 +80,11 @@ class SharedCopies:
         return keeps, number, copies
 
     def _forget(self) -> None:
-        # lists stay in the chunks that they came in, the other columns of all copies lie in one table
+        # what has no fixed width stays in the chunks that it came in, the other columns of all copies lie in one table
         self.chunks: list[pa.Table] = []
         self.starts: list[int] = []  # the first copy of each chunk
         self.others: pa.Table | None = None
+        self.rows = 0
         self.requests = np.zeros(0, np.uint64)  # (known,) sorted
         self.buckets, self.numbers, self.copies = (np.zeros(0, np.int64) for _ in range(3))
 
@@ -97,14 +104,14 @@ class SharedCopies:
         for name in self.others.column_names:
             alike = ~differing_rows(table.column(name), order[rows], its, self.others.column(name))
             rows, its = rows[alike], its[alike]
-        lists = {name: as_array(table.column(name)) for name in self.chunks[0].column_names}
+        blocks = {name: as_array(table.column(name)) for name in self.chunks[0].column_names}
         chunk = np.searchsorted(self.starts, its, side="right") - 1
         found = [rows[:0]]
         for number in np.unique(chunk).tolist():
             here = chunk == number
             some, copy = rows[here], its[here] - self.starts[number]
-            for name, array in lists.items():
-                same = same_lists(array, order[some], self.chunks[number].column(name), copy)
+            for name, array in blocks.items():
+                same = same_blocks(array, order[some], self.chunks[number].column(name), copy)
                 some, copy = some[same], copy[same]
             found.append(some)
         return np.concatenate(found)
@@ -121,13 +128,13 @@ class SharedCopies:
         """Remembers ``copies``, of which ``rows`` are the first ones of requests."""
         if not len(rows):
             return
-        if sum(chunk.nbytes for chunk in self.chunks) + copies.nbytes > self.most_bytes:
+        if self.bytes + copies.nbytes > self.most_bytes:
             self._forget()
         if copies.nbytes > self.most_bytes:
             return
-        lists = [field.name for field in copies.schema if is_list(field.type)]
-        others = copies.drop_columns(lists)
-        first = 0 if self.others is None else self.others.num_rows
+        blocks = [field.name for field in copies.schema if not pa.types.is_primitive(field.type)]
+        others = copies.drop_columns(blocks)
+        first, self.rows = self.rows, self.rows + copies.num_rows
         self.others = others if self.others is None else pa.concat_tables([self.others, others]).combine_chunks()
         every = np.concatenate([self.requests, requests])
         order = np.argsort(every, kind="stable")
@@ -135,7 +142,7 @@ class SharedCopies:
         self.copies = np.concatenate([self.copies, rows + first])[order]
         self.buckets = np.concatenate([self.buckets, buckets])[order]
         self.numbers = np.concatenate([self.numbers, numbers])[order]
-        self.chunks.append(copies.select(lists))
+        self.chunks.append(copies.select(blocks))
         self.starts.append(first)
         while len(self.chunks) > 1 and sum(chunk.nbytes for chunk in self.chunks[-2:]) < SMALL_BYTES:
             last, before = self.chunks.pop(), self.chunks.pop()

@@ -21,6 +21,7 @@ from roo_ray.sources.hashing import NULL_HASH, Hashes, hash_array, mix64
 Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 TOKENS_AT_ONCE = 4_000_000
+VALUE_BYTES = 8  # of a value, at most
 
 
 def sort_codes(column: pa.Array | pa.ChunkedArray) -> Ints:
@@ -165,17 +166,32 @@ def _differing_lists(array: pa.Array, left: Ints, other: pa.Array, right: Ints) 
     return differs
 
 
-def same_lists(column: pa.Array | pa.ChunkedArray, left: Ints, other: pa.Array | pa.ChunkedArray, right: Ints) -> Mask:
-    """(N,) bool: whether the lists at rows ``left`` and those of ``other`` at ``right`` have equal bytes, or are both
-    null: ``differing_rows`` without what only looks different (0.0 and -0.0). By values where they are not plain."""
+def same_blocks(column: pa.Array | pa.ChunkedArray, left: Ints, other: pa.Array | pa.ChunkedArray, right: Ints) -> Mask:
+    """(N,) bool: whether the lists or texts at rows ``left`` and those of ``other`` at ``right`` have equal bytes, or
+    are both null: ``differing_rows`` without what only looks different (0.0 and -0.0). Other types go by values."""
     array, second = as_array(column), as_array(other)
-    ours, its = byte_rows(array), byte_rows(second)
+    ours, its = _blocks(array), _blocks(second)
     if ours is None or its is None:
         return ~differing_rows(array, left, right, second)
-    same = _equal_blocks(ours, left, its, right, np.full(len(left), max(len(array.values) // max(len(array), 1), 1)))
+    sizes = _sizes(ours)[left]
+    some = np.flatnonzero(sizes == _sizes(its)[right])  # so that no more than the left side's bytes are copied
+    same = np.zeros(len(left), np.bool_)
+    same[some] = _equal_blocks(ours, left[some], its, right[some], sizes[some] // VALUE_BYTES)
     if array.null_count and second.null_count:
         same |= _null_mask(array)[left] & _null_mask(second)[right]
     return same
+
+
+def _blocks(array: pa.Array) -> pa.Array | None:
+    types = pa.types
+    text = types.is_string(array.type) or types.is_large_string(array.type) or types.is_binary(array.type)
+    return array if text else byte_rows(array)
+
+
+def _sizes(blocks: pa.Array) -> Ints:
+    """(N,) bytes of each; 0 of nulls."""
+    sizes: Ints = np.asarray(pc.fill_null(pc.binary_length(blocks), 0)).astype(np.int64)
+    return sizes
 
 
 def _same_bytes(array: pa.Array, left: Ints, other: pa.Array, right: Ints, lengths: Ints) -> Mask:

@@ -218,7 +218,7 @@ class Worker:
                 self.leave(agreement.any("stop"))
         if window.losses:
             self.log_window(epoch, window)
-        if ingest.drop_last:
+        if ingest.drop_last and not trainer.clock.is_over():
             self.count_dropped(trainer.left, coming, epoch)
         metrics = total.over_ranks(self.device, "epoch") | self.unreadable(stream)
         counted = self.counts.over_ranks(self.device)

@@ -243,6 +243,13 @@ def test_more_ranks_than_lanes_are_refused(data: tuple[StreamSettings, list[Row]
         RankStream(data[0], 0, 5)
 
 
+def test_dropping_the_last_is_refused_where_that_is_everything(tmp_path: Path) -> None:
+    how, _ = lose_a_shard(tmp_path, "thread")
+    how = replace(how, ingest=how.ingest.model_copy(update={"drop_last": True, "lanes": 200}))
+    with pytest.raises(DataError, match=r" 6 row groups to train on for 200 lanes.*lower ingest\.lanes"):
+        RankStream(how, 0, 1)
+
+
 def lose_a_shard(folder: Path, readers: str) -> tuple[StreamSettings, Path]:
     schema = shard_maker.schema()
     write_data_set(folder, random_rows([4] * 60, 2, days=2), schema, row_group=5, file_rows=10)

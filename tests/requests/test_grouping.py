@@ -2,7 +2,8 @@
 
 import datetime
 import random
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,7 @@ from roo_ray.requests.grouping import (
     request_row_schema,
 )
 from roo_ray.requests.report import counts_of
-from roo_ray.schema import parse_schema
+from roo_ray.schema import Schema, parse_schema
 from roo_ray.sources import compare
 from roo_ray.sources.compare import differing_rows, digest_rows, sort_codes
 from roo_ray.sources.hashing import hash_rows
@@ -279,6 +280,22 @@ def test_equal_rows_share_one_copy_over_all_tables_of_a_task() -> None:
     assert second == [7]  # not what is known of its request: kept again
     assert copy_again[7] == 4
     assert copy_again[:7] + copy_again[8:] == copy[:7] + copy[8:]
+
+
+@pytest.mark.parametrize("columns", [["rid", "note"], ["note"], ["rid"], None])
+def test_no_more_copies_are_remembered_than_allowed(columns: list[str] | None) -> None:
+    """Whatever the columns are of; what was staged just before is found again all the same."""
+    schema = SimpleNamespace(request_columns=columns or SCHEMA.request_columns)
+    shared = SharedCopies(cast(Schema, schema), 1, 20_000)
+    most = 0
+    for first in range(0, 2000, 50):
+        rows = [impression_row(request_row(n), 1) | {"note": f"{n:090d}"} for n in range(first, first + 50)]
+        table = table_of(rows).select(schema.request_columns)
+        dealt = Dealt(np.arange(50), np.zeros(50, np.int64), np.arange(first, first + 50).astype(np.uint64))
+        assert shared.share(table, dealt)[0].all()
+        assert not shared.share(table, dealt)[0].any()
+        most = max(most, shared.bytes)
+    assert 0 < most <= 20_000
 
 
 def test_a_known_copy_is_of_the_same_bucket_and_forgotten_in_time() -> None:

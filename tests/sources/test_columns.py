@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from roo_ray.ingest.lists import BLOCK, gather, ranges
 from roo_ray.sources.columns import byte_rows, take_rows, take_table
-from roo_ray.sources.compare import differing_rows, same_lists
+from roo_ray.sources.compare import differing_rows, same_blocks
 
 VALUES: dict[pa.DataType, st.SearchStrategy[Any]] = {
     pa.int8(): st.integers(-128, 127),
@@ -62,10 +62,31 @@ def test_rows_differ_where_their_values_do(array: pa.Array, data: st.DataObject)
     assert differing_rows(array, left, right).tolist() == expected
     other = array.take(pa.array(right))
     assert differing_rows(array, left, np.arange(len(right)), other).tolist() == expected
-    same = same_lists(array, left, other, np.arange(len(right)))
+    same = same_blocks(array, left, other, np.arange(len(right)))
     assert not (same & np.array(expected, np.bool_)).any()
     alike = [repr(values[a]) == repr(values[b]) for a, b in zip(left, right, strict=True)]  # -0.0 looks different
     assert same[np.array(alike, np.bool_)].all()
+
+
+def test_comparing_copies_no_more_than_the_rows_that_are_as_long() -> None:
+    long = pa.array([list(range(100_000))], pa.list_(pa.int64()))
+    short = pa.array([[0]] * 1000, pa.list_(pa.int64()))
+    rows = np.arange(1000)
+    usual = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(usual)
+    pa.set_memory_pool(pool)
+    try:
+        assert not same_blocks(short, rows, long, np.zeros(1000, np.int64)).any()
+        assert same_blocks(short, rows, short, rows[::-1]).all()
+    finally:
+        pa.set_memory_pool(usual)
+    assert 0 < pool.max_memory() < 50_000_000  # 800 MB, if the long list were copied for each row
+
+
+def test_texts_are_compared_as_blocks() -> None:
+    array, other = pa.array(["a", None, "", "bc"]), pa.array(["bc", "", None])
+    left, right = np.array([0, 1, 2, 3, 1]), np.array([0, 2, 1, 0, 1])
+    assert same_blocks(array, left, other, right).tolist() == [False, True, True, True, False]
 
 
 def test_lists_without_a_value_of_a_staging_file_are_taken() -> None:
