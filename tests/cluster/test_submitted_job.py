@@ -120,7 +120,7 @@ def test_a_submitted_run_scales_up_stops_with_a_checkpoint_and_goes_on(
         assert client.get_job_status("first") in (JobStatus.PENDING, JobStatus.RUNNING), log[-3000:]
         return "step 15 " in log
 
-    until("the run trains on nodes that were not there", trains, 200)
+    until("the run trains on nodes that were not there", trains, 400)
     assert trainer_nodes(client) == 2
     log = client.get_job_logs("first")
     built, waited = log.index("all accounted for"), log.index("for nodes with 2 x 1 CPU for the trainers")
