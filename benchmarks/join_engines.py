@@ -23,7 +23,7 @@ CORES = 2
 def polars_join(log: str) -> Callable[[str], None]:
     import polars as pl
 
-    names = schema()
+    names = schema(Path(log))
 
     def run(out: str) -> None:
         keys = names.keys.request
@@ -40,7 +40,7 @@ def polars_join(log: str) -> Callable[[str], None]:
 def duckdb_join(log: str) -> Callable[[str], None]:
     import duckdb
 
-    names = schema()
+    names = schema(Path(log))
     connection = duckdb.connect()
     connection.execute(f"SET threads = {CORES}; SET preserve_insertion_order = false")
 
@@ -59,7 +59,7 @@ def spark_join(log: str) -> Callable[[str], None]:
     from pyspark.sql import SparkSession
     from pyspark.sql import functions as f
 
-    names = schema()
+    names = schema(Path(log))
     builder = SparkSession.builder.master(f"local[{CORES}]").appName("join")
     settings = {
         "spark.driver.memory": "8g",
@@ -105,7 +105,7 @@ def roo_join(log: str, **build: Any) -> Callable[[str], None]:
 
     def run(out: str) -> None:
         source = ImpressionSource(kind="impressions", path=[log])
-        config = Config(name="join", schema=schema(), source=source, requests=out, build=Build(**build))
+        config = Config(name="join", schema=schema(Path(log)), source=source, requests=out, build=Build(**build))
         build_requests(config, say)
 
     run.stack = stack  # type: ignore[attr-defined]
