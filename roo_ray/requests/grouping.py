@@ -16,7 +16,7 @@ import pyarrow as pa
 from roo_ray.errors import DataError
 from roo_ray.requests.report import FAIL, Finding, require_passed
 from roo_ray.schema import Schema
-from roo_ray.sources.columns import as_array, list_parts, offsets_of, take_rows
+from roo_ray.sources.columns import as_array, is_list, list_parts, offsets_of, take_rows
 from roo_ray.sources.compare import Ints, differing_rows, digest_rows, same_as_previous, sort_codes
 
 NUM_IMPRESSIONS = "num_impressions"
@@ -220,7 +220,7 @@ def explode_in_slices(requests: pa.Table, schema: Schema, impressions: int, valu
     size = np.zeros(requests.num_rows, np.int64)
     for name in schema.request_columns:
         array = as_array(requests.column(name))
-        if pa.types.is_list(array.type):
+        if is_list(array.type):
             size += list_parts(array)[0] * lengths
     cost: npt.NDArray[np.float64] = np.cumsum(np.maximum(lengths / impressions, size / values))
     begin = 0

@@ -54,7 +54,8 @@ def byte_rows(array: pa.Array) -> pa.Array | None:
     data = values.buffers()[1]
     if raw is None or data is None or not data.size:  # of files without a value
         return None
-    first = array.offset if validity is None else 0  # a validity bitmap cannot be cut within a byte
+    first = array.offset - (0 if validity is None else array.offset % 8)  # a bitmap cannot be cut within a byte
+    validity = None if validity is None else validity.slice(first // 8)
     ends = np.frombuffer(raw, np.int32 if pa.types.is_list(kind) else np.int64)[first : array.offset + len(array) + 1]
     offsets = (ends.astype(np.int64) + values.offset) * (values.type.bit_width // 8)
     buffers = [validity, pa.py_buffer(offsets), data]
