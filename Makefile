@@ -5,7 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow check mlflow clean
+KERNELS := $(VENV)/.kernels
+
+.PHONY: setup demo test test-slow test-kernels check mlflow clean
 
 setup: $(STAMP)
 
@@ -21,6 +23,14 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# The Triton kernels against their reference; without a GPU by Triton's interpreter (a download of 200 to 300 MB).
+test-kernels: $(KERNELS)
+	$(BIN)/python -m pytest tests/models/test_triton_attention.py
+
+$(KERNELS): $(STAMP)
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet -e ".[kernels]"
+	@touch $(KERNELS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

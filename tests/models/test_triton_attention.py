@@ -12,7 +12,7 @@ from tests.models.test_attention import HEADS, NORMALISER, WIDTH, case, lengths_
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
-pytest.importorskip("triton", reason="triton is not installed: the kernel is tested where it is, GPU or interpreter")
+pytest.importorskip("triton", reason="triton is not installed: make test-kernels installs it and runs these")
 from roo_ray.models.triton_attention import triton_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
