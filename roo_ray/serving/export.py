@@ -10,7 +10,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torch.distributed.checkpoint as dcp
 
 from roo_ray.errors import DataError
 from roo_ray.models.ranking import RankingModel
@@ -18,7 +17,7 @@ from roo_ray.requests.manifest import Manifest
 from roo_ray.schema import Schema
 from roo_ray.serving.scorer import INPUTS, MODEL, SCHEMA, WEIGHTS, input_columns
 from roo_ray.storage import open_filesystem
-from roo_ray.training.checkpoint import SafeReader, open_checkpoint, read_state
+from roo_ray.training.checkpoint import SafeReader, open_checkpoint, read_state, read_tensors
 
 
 def input_types(data_set: str, manifest: Manifest, schema: Schema) -> pa.Schema:
@@ -39,11 +38,8 @@ def export_model(checkpoint: str, inputs: pa.Schema, folder: str | Path) -> Path
         state = read_state(source)
         schema = state.request_schema()
         tensors = {"model": dict(RankingModel(schema, state.model).state_dict())}
-        try:
-            dcp.load(tensors, storage_reader=SafeReader(source), no_dist=True)
-        except dcp.api.CheckpointException as error:  # a BaseException
-            causes = [failure[0] for failure in error.failures.values()]
-            raise DataError(f"checkpoint {checkpoint} does not fit its own model: {causes[0]}") from None
+        misfit = f"checkpoint {checkpoint} does not fit its own model"
+        read_tensors(tensors, SafeReader(source), state, misfit, alone=True)
         whole = Path(made) / "model"
         whole.mkdir()
         torch.save(tensors["model"], whole / WEIGHTS)

@@ -29,6 +29,7 @@ from roo_ray.config import Model
 from roo_ray.errors import DataError
 from roo_ray.schema import Schema, Strict, parse_schema
 from roo_ray.storage import open_filesystem
+from roo_ray.training.packing import PACKED, Index, ShapeError, pack, unpack, unpacked
 from roo_ray.training.sharding import ShardedModel
 
 STATE_FILE = "state.json"
@@ -61,7 +62,8 @@ class RunState(Strict):
     the number of ranks. ``trained``: of that epoch so far, or of the last whole one: requests, impressions and
     the sum of the request keys modulo 2^64, which tells whether two runs saw the same requests.
     ``metrics``: the last held-out metrics. ``skipped``: batches left out so far because their loss was not finite
-    (``training.on_nan``). ``files``: the other files of the checkpoint, with their bytes; empty where not known."""
+    (``training.on_nan``). ``packed``: what lies in the checkpoint's large tensors (``packing``). ``files``: the other
+    files of the checkpoint, with their bytes; empty where not known."""
 
     epoch: int
     step: int
@@ -74,6 +76,7 @@ class RunState(Strict):
     trained: dict[str, int] = Field(default_factory=dict)
     metrics: dict[str, float | None] = Field(default_factory=dict)
     skipped: int = 0
+    packed: Index = Field(default_factory=dict)
     files: dict[str, int] = Field(default_factory=dict)
 
     def request_schema(self) -> Schema:
@@ -135,12 +138,9 @@ class SafeReader(FileSystemReader):
         return metadata
 
 
-def tensors_of(model: ShardedModel, run: Mapping[str, torch.Tensor] | None = None) -> dict[str, Any]:
-    """The tensors of model and optimizers, nested, keyed by parameter names (no world size in them), and those of
-    the ``run``: metric state, random number generators."""
-    optimizer = model.optimizer.state_dict()
-    tensors: dict[str, Any] = {"model": dict(model.module.state_dict()), "optimizer": dict(optimizer["state"])}
-    return tensors | ({"run": dict(run)} if run else {})
+def tensors_of(model: ShardedModel) -> dict[str, Any]:
+    """The tensors of model and optimizers, nested, keyed by parameter names (no world size in them)."""
+    return {"model": dict(model.module.state_dict()), "optimizer": dict(model.optimizer.state_dict()["state"])}
 
 
 def write_tensors(folder: Path, tensors: dict[str, Any], group: dist.ProcessGroup | None, durable: bool) -> None:
@@ -158,10 +158,11 @@ def write_tensors(folder: Path, tensors: dict[str, Any], group: dist.ProcessGrou
 def save(folder: str | Path, model: ShardedModel, state: RunState, rank: int) -> None:
     """Writes a checkpoint into ``folder``, which all ranks share, and waits for it (collective)."""
     folder = Path(folder)
-    write_tensors(folder, tensors_of(model), None, durable=False)
+    rest, large, index = pack(tensors_of(model))
+    write_tensors(folder, rest | {PACKED: large}, None, durable=False)
     if rank == 0:
         sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-        (folder / STATE_FILE).write_text(state_json(state, sizes))
+        (folder / STATE_FILE).write_text(state_json(state.model_copy(update={"packed": index}), sizes))
     dist.barrier()
 
 
@@ -204,16 +205,28 @@ def load(folder: str | Path, model: ShardedModel, run: dict[str, torch.Tensor] |
         for name in list(run):
             if getattr(stored.get(f"run.{name}"), "size", None) != run[name].shape:
                 del run[name]
-    tensors = tensors_of(model, run)
-    try:
-        dcp.load(tensors, storage_reader=reader)
-    except dcp.api.CheckpointException as error:  # a BaseException: it would pass every `except Exception`
-        causes = [failure[0] for failure in error.failures.values()]
-        ours = next((cause for cause in causes if isinstance(cause, DataError)), None)
-        raise ours or DataError(f"checkpoint {folder} does not fit this model: {causes[0]}") from None
+    tensors = tensors_of(model)
+    read_tensors(tensors | ({"run": run} if run else {}), reader, state, f"checkpoint {folder} does not fit this model")
     model.module.load_state_dict(tensors["model"])
     model.optimizer.load_state_dict({"state": tensors["optimizer"]})
     return state
+
+
+def read_tensors(
+    tensors: Mapping[str, Any], reader: SafeReader, state: RunState, misfit: str, alone: bool = False
+) -> None:
+    """Reads a checkpoint's values into nested ``tensors``, in place (collective, unless ``alone``). Raises DataError,
+    beginning with ``misfit``, where names or shapes are not the checkpoint's."""
+    wanted = unpacked(tensors, state.packed)
+    try:
+        dcp.load(wanted, storage_reader=reader, no_dist=alone)
+        unpack(tensors, wanted.get(PACKED, {}), state.packed)
+    except dcp.api.CheckpointException as error:  # a BaseException: it would pass every `except Exception`
+        causes = [failure[0] for failure in error.failures.values()]
+        ours = next((cause for cause in causes if isinstance(cause, DataError)), None)
+        raise ours or DataError(f"{misfit}: {causes[0]}") from None
+    except ShapeError as error:
+        raise DataError(f"{misfit}: {error}") from None
 
 
 def open_checkpoint(path: str) -> ray.train.Checkpoint:

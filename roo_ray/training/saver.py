@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 
 from roo_ray.training.checkpoint import STATE_FILE, RunState, state_json, tensors_of, write_tensors
+from roo_ray.training.packing import PACKED, pack
 from roo_ray.training.sharding import ShardedModel
 
 
@@ -91,7 +92,9 @@ class Saver:
     ) -> None:
         """Copies the state as it is now and begins to write it. Nothing may be underway."""
         assert self._writing is None
-        tensors = copy_of(tensors_of(model, run), self.group)
+        rest, large, index = pack(tensors_of(model))
+        tensors = copy_of(rest | ({"run": dict(run)} if run else {}), self.group) | {PACKED: large}
+        state = state.model_copy(update={"packed": index})
         self._writing = self._threads.submit(self._write, name, tensors, state, metrics)
 
     def collect(self) -> Written:

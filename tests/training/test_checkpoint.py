@@ -72,7 +72,8 @@ def loads_and_continues(world: int, folder: Path, again: Path, reference: dict[s
     # equal only if both optimizers' states came back too
     torch.testing.assert_close(torch.tensor(result["losses"]), torch.tensor(reference["losses"]), **tolerance)
     state = RunState.model_validate(result["state"])
-    assert state.model_copy(update={"files": {}}) == STATE
+    assert state.model_copy(update={"files": {}, "packed": {}}) == STATE
+    assert state.packed
     assert ".metadata" in state.files
     assert checkpoint.read_state(folder).request_schema() == schema()
 
