@@ -27,7 +27,7 @@ TIME_BUCKETS = 64  # half octaves: up to 2**32 seconds
 
 SCORES_PER_BUCKET = 1 << 17
 QUERIES_PER_BLOCK = 80  # on CPU: a block skips the keys after it, but a small one is not worth its launches
-MASKED = -1e4  # a score at which SiLU and its slope are exactly 0
+MASKED = -1e30  # below every product of query and key; SiLU and its slope are exactly 0 here
 
 
 def time_buckets(seconds: Tensor) -> Tensor:
