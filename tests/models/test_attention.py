@@ -77,6 +77,28 @@ def test_bucketed_equals_reference(lengths: list[int], seed: int, timed: bool, b
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
 
 
+@settings(max_examples=10, deadline=None)
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(0, 1000), st.sampled_from([1.0, 100.0, 3000.0])
+)
+def test_the_future_changes_nothing_however_large(lengths: list[int], seed: int, scale: float) -> None:
+    """Products of large queries and keys are far above any finite mask that is not far below them."""
+    inputs, of, ages = case(lengths, seed, True)
+    outs, gradients = [], []
+    for changed in (False, True):
+        qkv = scale * inputs[0].detach()
+        newest = of.cumsum(0) - 1
+        if changed:
+            qkv[newest] = -qkv[newest]
+        qkv.requires_grad_()
+        out = attention.bucketed_attention(qkv, attention.layout(of, ages), HEADS, NORMALISER, inputs[1], inputs[2])
+        before = torch.ones(len(out), dtype=torch.bool).index_fill_(0, newest, False)
+        outs.append(out[before])
+        gradients.append(torch.autograd.grad(out[before].sum(), qkv)[0])
+        assert bool((gradients[-1][newest] == 0).all())
+    assert torch.equal(outs[0], outs[1])
+
+
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=40), st.integers(1, 9))
 def test_every_token_has_one_slot(lengths: list[int], buckets: int) -> None:
     layout = attention.layout(torch.tensor(lengths), None, buckets)
