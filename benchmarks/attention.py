@@ -15,7 +15,7 @@ import torch
 from model_cases import SavedBytes, arguments, finish, side_by_side, table, times_faster
 
 from roo_ray.allocator import keep_freed_memory
-from roo_ray.models import attention
+from roo_ray.models import attention, attention_layout
 
 DIM, HEADS, LAYERS = 64, 2, 2
 AIM = 2.5
@@ -37,14 +37,14 @@ def case(rows: int, longest: int, fill: float, device: str) -> dict[str, Any]:
         "ages": ages.float().to(device),
         "qkv": [x.to(device).requires_grad_() for x in inputs],
         "position": (0.02 * torch.randn(longest, generator=generator)).to(device).requires_grad_(),
-        "time": (0.02 * torch.randn(attention.TIME_BUCKETS, generator=generator)).to(device).requires_grad_(),
+        "time": (0.02 * torch.randn(attention_layout.TIME_BUCKETS, generator=generator)).to(device).requires_grad_(),
         "longest": longest,
     }
 
 
 def step(function: Any, buckets: int | None, of: dict[str, Any]) -> torch.Tensor:
     """One batch: its layout, then each layer forward and backward."""
-    layout = attention.layout(of["lengths"], of["ages"], buckets)
+    layout = attention_layout.layout(of["lengths"], of["ages"], buckets)
     outs = [function(qkv, layout, HEADS, of["longest"], of["position"], of["time"]) for qkv in of["qkv"]]
     total = torch.stack([out.square().sum() for out in outs]).sum()
     torch.autograd.grad(total, [*of["qkv"], of["position"], of["time"]])
@@ -53,7 +53,7 @@ def step(function: Any, buckets: int | None, of: dict[str, Any]) -> torch.Tensor
 
 def saved(function: Any, buckets: int | None, of: dict[str, Any]) -> int:
     """Bytes kept for backward by one layer."""
-    layout = attention.layout(of["lengths"], of["ages"], buckets)
+    layout = attention_layout.layout(of["lengths"], of["ages"], buckets)
     with SavedBytes() as kept:
         function(of["qkv"][0], layout, HEADS, of["longest"], of["position"], of["time"])
     return kept.total

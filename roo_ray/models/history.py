@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from roo_ray.config import Model
-from roo_ray.models import attention
+from roo_ray.models import attention_layout
 from roo_ray.models.contract import SequenceInputs
 from roo_ray.models.hstu import HSTULayer
 from roo_ray.models.jagged import segment_last, segment_softmax, segment_sum
@@ -27,7 +27,7 @@ class HistoryTokens(nn.Module):
         assert feature.max_length is not None  # the schema requires it of sequences
         self.max_length, self.timed = feature.max_length, feature.time is not None
         self.token = nn.Linear(id_width + len(feature.sequence_dense), dim)
-        self.recency = nn.Embedding(attention.TIME_BUCKETS if self.timed else self.max_length, dim)
+        self.recency = nn.Embedding(attention_layout.TIME_BUCKETS if self.timed else self.max_length, dim)
         nn.init.normal_(self.recency.weight, std=0.02)
 
     def forward(self, sequence: SequenceInputs) -> Tensor:
@@ -39,8 +39,8 @@ class HistoryTokens(nn.Module):
     def _recency(self, sequence: SequenceInputs) -> Tensor:
         """(T,) int: the event's bucket of age, or its rank from the end."""
         if sequence.ages is not None:
-            return attention.time_buckets(sequence.ages)
-        return (attention.ranks_from_end(sequence.lengths) - 1).clamp_(max=self.max_length - 1)
+            return attention_layout.time_buckets(sequence.ages)
+        return (attention_layout.ranks_from_end(sequence.lengths) - 1).clamp_(max=self.max_length - 1)
 
 
 class HistoryPool(nn.Module):
@@ -97,7 +97,7 @@ class HSTUStack(nn.Module):
     def forward(self, tokens: Tensor, sequence: SequenceInputs, keys: Tensor) -> Tensor:
         """tokens (T, D); keys (T,): of the events, for dropout -> (T, D)."""
         if self.layers:
-            layout = attention.layout(sequence.lengths, sequence.ages)
+            layout = attention_layout.layout(sequence.lengths, sequence.ages)
             for layer in self.layers:
                 tokens = layer(tokens, layout, keys)
         return tokens

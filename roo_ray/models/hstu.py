@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from roo_ray.models import attention
+from roo_ray.models import attention, attention_layout
 from roo_ray.models.contract import SequenceInputs
 from roo_ray.models.keyed_random import KeyedDropout
 from roo_ray.models.target_attention import TargetLayout, silu_target_attention
@@ -26,17 +26,17 @@ class HSTULayer(nn.Module):
         self.norm_in = nn.LayerNorm(dim, eps=1e-6)
         self.project = nn.Linear(dim, 4 * dim)
         self.position = nn.Parameter(torch.randn(max_length) * 0.02)
-        self.time = nn.Parameter(torch.randn(attention.TIME_BUCKETS) * 0.02) if timed else None
+        self.time = nn.Parameter(torch.randn(attention_layout.TIME_BUCKETS) * 0.02) if timed else None
         self.norm_out = nn.LayerNorm(dim, eps=1e-6)
         self.output = nn.Linear(dim, dim)
         self.dropout = KeyedDropout(dropout, f"hstu.{name}")
 
-    def forward(self, tokens: Tensor, layout: attention.Layout, keys: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, layout: attention_layout.Layout, keys: Tensor) -> Tensor:
         """Causal self-attention of the history: tokens (T, D), keys (T,) of the events -> (T, D)."""
         gate, qkv = self._project(tokens)
         return self._update(tokens, gate, self._mix(qkv, layout), keys)
 
-    def with_memory(self, tokens: Tensor, layout: attention.Layout, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def with_memory(self, tokens: Tensor, layout: attention_layout.Layout, keys: Tensor) -> tuple[Tensor, Tensor]:
         """As ``forward``, and the history's keys and values of this layer (T, 2 D) for ``targets``."""
         gate, qkv = self._project(tokens)
         return self._update(tokens, gate, self._mix(qkv, layout), keys), qkv[:, self.dim :]
@@ -58,7 +58,7 @@ class HSTULayer(nn.Module):
         gate, qkv = projected.split([self.dim, 3 * self.dim], dim=1)
         return gate, qkv
 
-    def _mix(self, qkv: Tensor, layout: attention.Layout) -> Tensor:
+    def _mix(self, qkv: Tensor, layout: attention_layout.Layout) -> Tensor:
         return attention.attention(qkv, layout, self.heads, self.max_length, self.position, self.time)
 
     def _update(self, tokens: Tensor, gate: Tensor, mixed: Tensor, keys: Tensor) -> Tensor:
@@ -67,9 +67,9 @@ class HSTULayer(nn.Module):
 
     def _bias(self, sequence: SequenceInputs) -> Tensor:
         """(T,) bias of each event as seen from its request's candidates."""
-        bias = self.position[attention.ranks_from_end(sequence.lengths).clamp_(max=self.max_length - 1)]
+        bias = self.position[attention_layout.ranks_from_end(sequence.lengths).clamp_(max=self.max_length - 1)]
         if self.time is not None and sequence.ages is not None:
-            bias = bias + self.time[attention.time_buckets(sequence.ages).long()]
+            bias = bias + self.time[attention_layout.time_buckets(sequence.ages).long()]
         return bias
 
     def _bias_of_self(self) -> Tensor:

@@ -17,7 +17,10 @@ _GOLDEN = as_int64(0x9E3779B97F4A7C15)
 
 def combine_keys(keys: Tensor, more: Tensor | int) -> Tensor:
     """int64 keys of pairs: (N,) and (N,) or a number -> (N,)."""
-    return mix64(mix64(keys) + more * _GOLDEN)
+    step = more * _GOLDEN
+    if isinstance(step, int):  # wraps around, as products of tensors do
+        step = as_int64(step & ((1 << 64) - 1))
+    return mix64(mix64(keys) + step)
 
 
 def token_keys(request_key: Tensor, lengths: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from torch.distributed.nn.functional import all_reduce
 
 
 class GlobalBatchNorm(nn.Module):
-    """BatchNorm over the global batch (what SyncBatchNorm is on GPU, on every device), each row weighted by the
-    impressions that it stands for: a request counts as often as its impressions would, a dummy request not."""
+    """BatchNorm over the global batch, as SyncBatchNorm but on every device, each row weighted by the impressions that
+    it stands for: a request counts as often as its impressions would; a dummy request, or an impression of which no
+    label is known, does not count."""
 
     running_mean: Tensor
     running_variance: Tensor
@@ -34,12 +35,16 @@ class GlobalBatchNorm(nn.Module):
             weights = weights.float().unsqueeze(1)  # (B, 1)
             values = values.float()
             first = _over_ranks(torch.cat([(values * weights).sum(0), weights.sum(0)]))  # (D + 1,)
-            total = first[-1].clamp(min=1.0)
+            count = first[-1]  # impressions
+            total = count.clamp(min=1.0)
             mean = first[:-1] / total
             variance = _over_ranks(((values - mean).square() * weights).sum(0)) / total
             with torch.no_grad():
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_variance.lerp_(variance, self.momentum)
+                # as BatchNorm: the variance without bias. A batch of dummies alone says nothing, one impression
+                # nothing of the variance
+                unbiased = variance * (total / (count - 1.0).clamp(min=1.0))
+                self.running_mean.lerp_(mean, self.momentum * (count > 0))
+                self.running_variance.lerp_(unbiased, self.momentum * (count > 1))
         return (values - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
 
 

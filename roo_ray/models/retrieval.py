@@ -68,18 +68,14 @@ def retrieval_loss(towers: RetrievalTowers, pairs: Tensor, batch: RequestBatch, 
     real = (batch.weights > 0).any(dim=1).nonzero().squeeze(1)
     pool_items, pool_keys = gather_rows(items[real], torch.stack([user_keys[real], item_ids[real]], dim=1))
     if towers.training:
-        towers.item_counts += torch.bincount(pool_keys[:, 1], minlength=len(towers.item_counts))
-    log_q = torch.zeros(0, device=pairs.device)
-    if towers.log_q:
-        counts = towers.item_counts.double()
-        log_q = torch.log(counts.clamp(min=1) / counts.sum().clamp(min=1)).float()  # (rows,)
+        towers.count_items(pool_keys[:, 1])
 
     chosen = (batch.labels[:, towers.positive] * batch.weights[:, towers.positive] > 0).nonzero().squeeze(1)  # (P,)
     own = towers.scores(pairs[chosen])  # (P,)
     others = users[chosen] @ pool_items.T / towers.temperature  # (P, pool)
     if towers.log_q:
-        own = own - log_q[item_ids[chosen]]
-        others = others - log_q[pool_keys[:, 1]]
+        own = own - towers.log_frequency(item_ids[chosen])
+        others = others - towers.log_frequency(pool_keys[:, 1])
     same_user = user_keys[chosen].unsqueeze(1) == pool_keys[:, 0]
     same_item = item_ids[chosen].unsqueeze(1) == pool_keys[:, 1]
     others = others.masked_fill(same_user | same_item, float("-inf"))

@@ -7,7 +7,7 @@ the blocks on its side of the diagonal. Bias gradients are summed by atomic addi
 Importing this module needs ``triton``; with ``TRITON_INTERPRET=1`` it runs on CPU tensors, for tests.
 """
 
-# mypy: disable-error-code="import-not-found,misc,no-untyped-call"
+# mypy: disable-error-code="import-not-found,import-untyped,misc,no-untyped-call"
 from __future__ import annotations
 
 from typing import Any

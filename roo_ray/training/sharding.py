@@ -18,8 +18,10 @@ from torchrec import EmbeddingCollection
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
+from torchrec.distributed.planner.types import PlannerError, PlannerErrorType
 from torchrec.distributed.types import ShardingEnv, ShardingPlan, ShardingType
+from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
@@ -28,6 +30,7 @@ from roo_ray.config import Embeddings, Training
 from roo_ray.errors import ConfigError
 from roo_ray.models.check import refuse_what_cannot_be
 from roo_ray.models.initialise import initialise_tables
+from roo_ray.training.hosts import describe, places, topology
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "rowwise_adagrad": RowWiseAdagrad,
@@ -36,6 +39,9 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torchrec.optim.Adam,
     "lamb": torchrec.optim.LAMB,
 }
+
+
+_WAYS_OUT = "take more or larger hosts, fewer rows, a smaller dim, or model.embeddings.weights=fp16"
 
 
 class TableSharder(EmbeddingCollectionSharder):
@@ -127,7 +133,8 @@ def shard(
     ``embeddings``: how tables are stored, placed and updated.
     Every rank plans for itself from the same inputs: a collective plan that failed on rank 0 would leave the
     others waiting. Initial weights depend on ``settings.seed`` alone, not on the world size or the plan.
-    Raises ConfigError where the tables do not fit, or cannot be had as ``embeddings`` says.
+    Raises ConfigError where the tables do not fit the hosts' memory (or the GPUs'), or cannot be had as
+    ``embeddings`` says.
     """
     group = dist.group.WORLD
     if group is None:
@@ -138,10 +145,11 @@ def shard(
     for collection in embedding_collections(model):
         fused = [p for n, p in collection.named_parameters() if not _is_data_parallel(n, embeddings)]
         apply_optimizer_in_backward(OPTIMIZERS[embeddings.optimizer], fused, {"lr": settings.embedding_lr})
-    world = dist.get_world_size()
+    ranks = places(device)
+    world = len(ranks)
     sharders = [TableSharder(use_index_dedup=embeddings.index_dedup)]
     planner = EmbeddingShardingPlanner(
-        topology=Topology(world_size=world, local_world_size=world, compute_device=device.type),
+        topology=topology(ranks, device.type),
         constraints=table_constraints(
             model, settings.row_wise_from, batch_requests, ids_per_request, embeddings, world
         ),
@@ -149,8 +157,10 @@ def shard(
     )
     try:
         plan = planner.plan(model, sharders)  # type: ignore[arg-type]
-    except Exception as error:
-        raise ConfigError(f"no sharding plan fits {world} workers: {error}") from error
+    except PlannerError as error:
+        if error.error_type != PlannerErrorType.INSUFFICIENT_STORAGE:
+            raise ConfigError(f"no sharding plan for {world} workers: {error}") from error
+        raise ConfigError(f"{_sizes(model)} do not fit {describe(ranks)}: {_WAYS_OUT}") from error
     module = DistributedModelParallel(
         model,
         env=ShardingEnv.from_process_group(group),
@@ -175,6 +185,18 @@ def shard(
     dense_optimizer.init_state()  # otherwise a checkpoint's Adam state would silently not be loaded
     optimizer = CombinedOptimizer([module.fused_optimizer, dense_optimizer])
     return ShardedModel(module, optimizer, plan)
+
+
+def _sizes(model: nn.Module) -> str:
+    """The tables by their bytes, the largest first."""
+    sizes = {
+        table.name: table.num_embeddings * table.embedding_dim * DATA_TYPE_NUM_BITS[table.data_type] / 8 / 2**30
+        for collection in embedding_collections(model)
+        for table in collection.embedding_configs()
+    }
+    largest = sorted(sizes.items(), key=lambda item: -item[1])[:3]
+    named = ", ".join(f"'{name}' {size:,.1f} GiB" for name, size in largest)
+    return f"the embedding tables ({sum(sizes.values()):,.1f} GiB and the optimizer's state; {named})"
 
 
 def _is_data_parallel(parameter: str, embeddings: Embeddings) -> bool:

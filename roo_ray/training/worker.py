@@ -17,6 +17,7 @@ import torch.distributed as dist
 from ray.train.torch import get_device
 
 from roo_ray import session
+from roo_ray.allocator import keep_freed_memory
 from roo_ray.config import Config, Holdout
 from roo_ray.errors import ConfigError, Evicted, RooError, Stopped, TrainingDiverged
 from roo_ray.ingest.device import on_device
@@ -83,6 +84,7 @@ class Worker:
         session.place_data(session.Placing.of(self.config.ray))
         if self.device.type == "cpu":
             torch.set_num_threads(self.config.training.threads_per_worker)
+            keep_freed_memory()  # every step works on arrays of much the same sizes
         self.model = build_model(self.config, job, self.device)
         handle = job.run if self.rank == 0 else RunHandle(None)
         self.logger = RunLogger(handle, self.say, self.config.tracking.end_wait_seconds)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roo_ray.models import attention
+from roo_ray.models import attention, attention_layout, bucketed_attention
 
 HEADS, WIDTH, REACH, NORMALISER = 2, 6, 9, 12
 
@@ -17,7 +17,7 @@ def case(lengths: list[int], seed: int, timed: bool) -> tuple[list[torch.Tensor]
     inputs = [
         torch.randn(total, 3 * WIDTH, generator=generator),
         torch.randn(REACH, generator=generator),
-        *([torch.randn(attention.TIME_BUCKETS, generator=generator)] if timed else []),
+        *([torch.randn(attention_layout.TIME_BUCKETS, generator=generator)] if timed else []),
     ]
     ages = [(10 ** (8 * torch.rand(n, generator=generator))).sort(descending=True).values for n in lengths]
     return [x.requires_grad_() for x in inputs], torch.tensor(lengths), torch.cat([torch.zeros(0), *ages])
@@ -38,7 +38,7 @@ def double_loop(inputs: list[torch.Tensor], lengths: list[int], ages: torch.Tens
                 score = (q * k).sum(1) + position[min(i - j, REACH - 1)]
                 if time is not None:
                     gap = (ages[start + j] - ages[start + i]).reshape(1)
-                    score = score + time[int(attention.time_buckets(gap))]
+                    score = score + time[int(attention_layout.time_buckets(gap))]
                 out = out + (score * torch.sigmoid(score)).unsqueeze(1) * v
             rows.append(out.flatten() / NORMALISER)
         start += length
@@ -52,34 +52,71 @@ lengths_lists = st.lists(st.integers(0, 12), min_size=1, max_size=6)
 @given(lengths_lists, st.integers(0, 1000), st.booleans(), st.integers(1, 4))
 def test_reference_equals_double_loop(lengths: list[int], seed: int, timed: bool, buckets: int) -> None:
     inputs, of, ages = case(lengths, seed, timed)
-    layout = attention.layout(of, ages if timed else None, buckets)
+    layout = attention_layout.layout(of, ages if timed else None, buckets)
     time = inputs[2] if timed else None
     ours = attention.padded_attention(inputs[0], layout, HEADS, NORMALISER, inputs[1], time)
     torch.testing.assert_close(ours, double_loop(inputs, lengths, ages), rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
-@given(lengths_lists, st.integers(0, 1000), st.booleans(), st.integers(1, 8), st.sampled_from([2, 5, 80]))
-def test_bucketed_equals_reference(lengths: list[int], seed: int, timed: bool, buckets: int, block: int) -> None:
-    inputs, of, ages = case(lengths, seed, timed)
-    time = inputs[2] if timed else None
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths_lists,
+    st.integers(0, 1000),
+    st.sampled_from(["times", "none", "ages alone", "bias alone"]),
+    st.integers(1, 8),
+    st.sampled_from([2, 5, 80]),
+    st.booleans(),
+)
+def test_bucketed_equals_reference(
+    lengths: list[int], seed: int, times: str, buckets: int, block: int, keeps: bool
+) -> None:
+    inputs, of, ages = case(lengths, seed, times in ("times", "bias alone"))
+    time = inputs[2] if len(inputs) == 3 else None
     weight = torch.randn(sum(lengths), WIDTH, generator=torch.Generator().manual_seed(seed))
     results = []
-    for function, count in ((attention.padded_attention, 1), (attention.bucketed_attention, buckets)):
-        layout = attention.layout(of, ages if timed else None, count)
+    for function, count in ((attention.padded_attention, 1), (bucketed_attention.bucketed_attention, buckets)):
+        layout = attention_layout.layout(of, ages if times in ("times", "ages alone") else None, count)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attention, "QUERIES_PER_BLOCK", block)  # up to 6 blocks of the longest
+            patch.setattr(bucketed_attention, "QUERIES_PER_BLOCK", block)  # up to 6 blocks of the longest
+            patch.setattr(bucketed_attention, "KEPT_SCORES", 1 << 20 if keeps else -1)
             out = function(inputs[0], layout, HEADS, NORMALISER, inputs[1], time)
+            loss = (out * weight).sum()
             # raises for an input without a gradient, which would leave DDP's ranks waiting
-            results.append((out, torch.autograd.grad((out * weight).sum(), inputs)))
-    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-5)
-    for reference, ours in zip(results[0][1], results[1][1], strict=True):
+            gradients = torch.autograd.grad(loss, inputs, retain_graph=True)
+            for gradient, again in zip(gradients, torch.autograd.grad(loss, inputs), strict=True):
+                assert torch.equal(gradient, again)  # backward changes nothing that is kept for it
+            results.append((out, *gradients))
+    for reference, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(0, 1000), st.sampled_from([1.0, 100.0, 3000.0])
+)
+def test_the_future_changes_nothing_however_large(lengths: list[int], seed: int, scale: float) -> None:
+    """Products of large queries and keys are far above any finite mask that is not far below them."""
+    inputs, of, ages = case(lengths, seed, True)
+    outs, gradients = [], []
+    for changed in (False, True):
+        qkv = scale * inputs[0].detach()
+        newest = of.cumsum(0) - 1
+        if changed:
+            qkv[newest] = -qkv[newest]
+        qkv.requires_grad_()
+        out = bucketed_attention.bucketed_attention(
+            qkv, attention_layout.layout(of, ages), HEADS, NORMALISER, inputs[1], inputs[2]
+        )
+        before = torch.ones(len(out), dtype=torch.bool).index_fill_(0, newest, False)
+        outs.append(out[before])
+        gradients.append(torch.autograd.grad(out[before].sum(), qkv)[0])
+        assert bool((gradients[-1][newest] == 0).all())
+    assert torch.equal(outs[0], outs[1])
 
 
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=40), st.integers(1, 9))
 def test_every_token_has_one_slot(lengths: list[int], buckets: int) -> None:
-    layout = attention.layout(torch.tensor(lengths), None, buckets)
+    layout = attention_layout.layout(torch.tensor(lengths), None, buckets)
     tokens = torch.cat([torch.zeros(0, dtype=torch.int64), *(bucket.tokens for bucket in layout.buckets)])
     assert sorted(tokens.tolist()) == list(range(sum(lengths)))
     assert len(layout.buckets) <= buckets
@@ -90,12 +127,12 @@ def test_every_token_has_one_slot(lengths: list[int], buckets: int) -> None:
 
 def test_time_buckets_are_half_octaves() -> None:
     seconds = torch.tensor([-5.0, 0.0, 1.0, 1.49, 1.5, 2.0, 3.0, 4.0, 1024.0, 2.0**31, 3e38])
-    assert attention.time_buckets(seconds).tolist() == [0, 0, 0, 0, 1, 2, 3, 4, 20, 62, 63]
+    assert attention_layout.time_buckets(seconds).tolist() == [0, 0, 0, 0, 1, 2, 3, 4, 20, 62, 63]
 
 
 def test_dispatcher_takes_the_bucketed_path_on_cpu() -> None:
     inputs, of, ages = case([3, 1], 0, True)
-    out = attention.attention(inputs[0], attention.layout(of, ages), HEADS, NORMALISER, inputs[1], inputs[2])
+    out = attention.attention(inputs[0], attention_layout.layout(of, ages), HEADS, NORMALISER, inputs[1], inputs[2])
     assert "BucketedAttention" in type(out.grad_fn).__name__
 
 
@@ -110,8 +147,8 @@ def test_a_broken_sequence_breaks_no_other(lengths: list[int], buckets: int) -> 
         if broken:
             qkv[: lengths[0]] = float("nan")
         qkv.requires_grad_()
-        found = attention.bucketed_attention(
-            qkv, attention.layout(of, ages, buckets), HEADS, NORMALISER, inputs[1], inputs[2]
+        found = bucketed_attention.bucketed_attention(
+            qkv, attention_layout.layout(of, ages, buckets), HEADS, NORMALISER, inputs[1], inputs[2]
         )
         out.append(found[lengths[0] :].detach())
         gradients.append(torch.autograd.grad(found[lengths[0] :].sum(), qkv)[0][lengths[0] :])

@@ -1,11 +1,14 @@
 """Random choices: their distribution, and what they depend on."""
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from roo_ray.models.keyed_random import KeyedDropout, combine_keys, token_keys, uniform
 from roo_ray.models.stochastic_length import StochasticLength
+from roo_ray.schema import parse_schema
 from tests.models.batches import random_batch, schema
 
 SCHEMA = schema()
@@ -47,6 +50,43 @@ def test_histories_are_kept_whole_or_cut_to_the_short_length(lengths: list[int],
             assert torch.equal(kept, whole)
     assert len(cut.sequence_dense["history"]) == len(after.values)
     assert torch.equal(cut.request_ids["history.history_topic"].lengths, after.lengths)
+
+
+@given(st.integers(-(2**63), 2**63 - 1), st.integers(-(2**70), 2**70))
+def test_a_number_and_a_tensor_make_the_same_key(key: int, more: int) -> None:
+    keys = torch.tensor([key])
+    wrapped = (more + 2**63) % 2**64 - 2**63  # as int64
+    assert torch.equal(combine_keys(keys, more), combine_keys(keys, torch.tensor([wrapped])))
+
+
+def test_each_of_many_sequences_is_shortened_by_its_own_draws() -> None:
+    names = [f"seen{place}" for place in range(5)]
+    sequences = "".join(
+        f"""
+  - name: {name}
+    level: request
+    kind: sequence
+    max_length: 12
+    sequence: [{{column: {name}_item, table: item}}]"""
+        for name in names
+    )
+    of = parse_schema(
+        f"""
+name: many
+keys: {{request: request_id, user: user_id, time: request_time}}
+tables: {{item: {{rows: 50, dim: 8}}}}
+features:{sequences}
+  - {{name: item, level: impression, kind: ids, columns: item_id, table: item}}
+labels: [{{name: click, column: clicked}}]
+"""
+    )
+    batch = random_batch(of, [1] * 50, 0, history_lengths=[12] * 50)
+    places = torch.arange(12).repeat(50)  # what is kept is then seen
+    ids = {key: replace(lists, values=places) for key, lists in batch.request_ids.items()}
+    cut = StochasticLength(of, 1.2)(replace(batch, request_ids=ids))
+    kept = [tuple(cut.request_ids[f"{name}.{name}_item"].values.tolist()) for name in names]
+    assert all(0 < len(of_one) < 600 for of_one in kept)
+    assert len(set(kept)) == len(names)
 
 
 def test_long_histories_are_kept_whole_as_often_as_published() -> None:

@@ -3,11 +3,13 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from roo_ray.errors import ConfigError
 from roo_ray.ingest.batch import Jagged, RequestBatch, dummy_batch
@@ -100,9 +102,31 @@ def test_log_q_takes_the_popularity_out() -> None:
     ids = batch.impression_ids | {"item": Jagged(torch.tensor([4, 5]), torch.ones(2, dtype=torch.int64))}
     batch = replace(batch, impression_ids=ids, user_key=torch.tensor([1, 2]), labels=torch.tensor([[1.0, 0], [0, 0]]))
     pairs = torch.zeros(2, 16)  # all scores 0: what remains is the correction
-    towers.item_counts[4], towers.item_counts[5] = 10, 20
+    towers.count_items(torch.tensor([4] * 10 + [5] * 20))
+    assert towers.item_counts[[4, 5]].tolist() == [10, 20]
+    assert int(towers.items_seen) == 30
     expected = math.log((1 / 10 + 1 / 20) / (1 / 10))
     assert math.isclose(float(retrieval_loss(towers, pairs, batch, 1)), expected, rel_tol=1e-5)
+
+
+def test_log_q_costs_no_pass_over_the_table() -> None:
+    """The correction touches rows of the table for the batch's items alone, whatever the table's size."""
+    towers = build(kind="retrieval").dense
+    towers.item_counts = torch.zeros(1 << 50, dtype=torch.int64, device="meta")  # a pass over it would need 8 PiB
+    items = torch.randint(0, 1 << 50, (30,)).to("meta")
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func.__name__.split(".")[0][-1] != "_":  # in place: what it returns is the buffer
+                sizes.append(out.numel())
+            return out
+
+    with Sizes():
+        towers.count_items(items)
+        assert towers.log_frequency(items).shape == (30,)
+    assert max(sizes) <= 30
 
 
 def test_index_is_exact_keeps_the_last_and_survives_a_file(tmp_path: Path) -> None:

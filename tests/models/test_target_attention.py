@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roo_ray.models import attention, target_attention
+from roo_ray.models import attention_layout, target_attention
 from roo_ray.models.contract import SequenceInputs
 from roo_ray.models.hstu import HSTULayer
 from roo_ray.models.target_attention import silu_target_attention, softmax_target_attention, target_layout
@@ -79,7 +79,7 @@ def test_split_attention_equals_one_joint_sequence(lengths: list[int], seed: int
     ages = torch.cat([torch.zeros(0), *(10 ** torch.linspace(6, 1, n) for n in lengths)])
     sequence = SequenceInputs({}, tokens[:, :0], ages if timed else None, of)
     keys = torch.zeros(len(tokens), dtype=torch.int64)
-    _, memory = layer.with_memory(tokens, attention.layout(of, sequence.ages), keys)
+    _, memory = layer.with_memory(tokens, attention_layout.layout(of, sequence.ages), keys)
     layout = target_layout(of, torch.ones_like(of))
     split = layer.targets(targets, memory, sequence, layout, keys[:0])
 
@@ -87,6 +87,6 @@ def test_split_attention_equals_one_joint_sequence(lengths: list[int], seed: int
     for place, events in enumerate(tokens.split(lengths)):
         parts += [events, targets[place : place + 1]]
         part_ages += [ages.split(lengths)[place], torch.zeros(1)]
-    joint_layout = attention.layout(of + 1, torch.cat(part_ages) if timed else None)
+    joint_layout = attention_layout.layout(of + 1, torch.cat(part_ages) if timed else None)
     joint = layer(torch.cat(parts), joint_layout, keys[:0])
     torch.testing.assert_close(split, joint[(of + 1).cumsum(0) - 1], rtol=1e-4, atol=1e-5)

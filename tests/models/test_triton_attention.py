@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roo_ray.models import attention
+from roo_ray.models import attention, attention_layout
 from tests.models.test_attention import HEADS, NORMALISER, WIDTH, case, lengths_lists
 
 if not torch.cuda.is_available():
@@ -26,7 +26,7 @@ def test_equals_reference(lengths: list[int], seed: int, timed: bool) -> None:
     of, ages = of.to(DEVICE), ages.to(DEVICE)
     time = inputs[2] if timed else None
     weight = torch.randn(sum(lengths), WIDTH, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-    layout = attention.layout(of, ages if timed else None, 1)
+    layout = attention_layout.layout(of, ages if timed else None, 1)
     reference = attention.padded_attention(inputs[0], layout, HEADS, NORMALISER, inputs[1], time)
     # blocks of 16 queries are the smallest that a product takes: lengths up to 40 need several
     args = (of, ages if timed else None, max(lengths), HEADS, NORMALISER, inputs[1], time)
@@ -40,7 +40,7 @@ def test_equals_reference(lengths: list[int], seed: int, timed: bool) -> None:
 def test_several_blocks() -> None:
     lengths = [40, 3, 17, 0, 33]
     inputs, of, ages = case(lengths, 1, True)
-    layout = attention.layout(of, ages, 1)
+    layout = attention_layout.layout(of, ages, 1)
     args = (of, ages, max(lengths), HEADS, NORMALISER, inputs[1], inputs[2])
     results = []
     for out in (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from roo_ray.config import Model
-from roo_ray.models import attention
+from roo_ray.models import attention_layout
 from roo_ray.models.contract import ModelInputs, RequestOnlyModel, UserState
 from roo_ray.models.features import CandidateFeatures, Matches, RequestFeatures, event_keys, sequence_widths
 from roo_ray.models.heads import CrossAndHeads
@@ -54,7 +54,7 @@ class HSTUTargetsRanking(RequestOnlyModel):
         parts, memories = [known], {}
         for name in self.names:
             sequence, keys = inputs.sequences[name], event_keys(inputs, name)
-            layout = attention.layout(sequence.lengths, sequence.ages)
+            layout = attention_layout.layout(sequence.lengths, sequence.ages)
             tokens = self.tokens[name](sequence)  # (T, dim)
             for place, layer in enumerate(self.stacks[name].layers):  # type: ignore[arg-type]
                 tokens, memories[f"{name}.{place}"] = layer.with_memory(tokens, layout, keys)

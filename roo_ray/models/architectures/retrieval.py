@@ -19,10 +19,12 @@ class RetrievalTowers(RequestOnlyModel):
 
     ``item``: the id feature that names an item; ``positive``: the column of ``labels`` that makes an impression a
     positive. ``item_counts`` (rows of the item's table,) int64: impressions of each item seen in training, on all
-    ranks; part of the model's state, because the logQ correction goes on from it after a restart.
+    ranks; ``items_seen`` () int64: their sum. Both are the model's state, because the logQ correction goes on from
+    them after a restart.
     """
 
     item_counts: Tensor
+    items_seen: Tensor
 
     def __init__(self, schema: Schema, settings: Model) -> None:
         super().__init__()
@@ -35,6 +37,7 @@ class RetrievalTowers(RequestOnlyModel):
         self.user_tower = UserTower(settings.user_dim, schema, settings)
         self.item_tower = ItemTower(settings.user_dim, schema, settings)
         self.register_buffer("item_counts", torch.zeros(rows, dtype=torch.int64))
+        self.register_buffer("items_seen", torch.zeros((), dtype=torch.int64))
 
     def user_side(self, inputs: ModelInputs) -> UserState:
         """``user`` (B_RO, D), of length 1."""
@@ -44,6 +47,17 @@ class RetrievalTowers(RequestOnlyModel):
         """Pairs (B_NRO, 2 D): the user's vector, then the item's, which is a function of the candidate alone."""
         items = functional.normalize(self.item_tower(inputs).float(), dim=1)
         return torch.cat([user.vectors["user"], items], dim=1)
+
+    def count_items(self, items: Tensor) -> None:
+        """Counts the impressions of a global batch by their items (M,) int64."""
+        self.item_counts.index_add_(0, items, torch.ones_like(items))
+        self.items_seen += items.numel()
+
+    def log_frequency(self, items: Tensor) -> Tensor:
+        """Logarithm of the items' share of all impressions counted: (M,) int64 -> (M,) float32. Its cost is that of
+        ``items``, not of the table."""
+        counts = self.item_counts.index_select(0, items).double()
+        return torch.log(counts.clamp(min=1) / self.items_seen.clamp(min=1)).float()
 
     def scores(self, pairs: Tensor) -> Tensor:
         """(B_NRO, 2 D) -> (B_NRO,): cosine over temperature."""

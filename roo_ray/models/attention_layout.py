@@ -1,0 +1,180 @@
+"""How the tokens of a batch's sequences lie in length buckets, each padded to its own longest: what attention on
+jagged batches computes on, made once per batch and used by every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from roo_ray.ingest.batch import segment_positions
+
+TIME_BUCKETS = 64  # half octaves: up to 2**32 seconds
+BUCKETS = 8  # on CPU: more pad less, and are smaller matrices
+
+
+def time_buckets(seconds: Tensor) -> Tensor:
+    """Logarithmic buckets, two per octave: float32 seconds (below 1 counts as 1) -> int32 in [0, TIME_BUCKETS).
+
+    The exponent and the first bit of the mantissa of a float32 are its logarithm in half octaves.
+    """
+    half_octaves = (seconds.clamp(min=1.0).view(torch.int32) >> 22) - (127 << 1)
+    return half_octaves.clamp_(max=TIME_BUCKETS - 1)
+
+
+def ranks_from_end(lengths: Tensor) -> Tensor:
+    """(T,) int64: how many places before the request each event stands, 1 for the newest."""
+    return torch.repeat_interleave(lengths, lengths) - segment_positions(lengths)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Sequences padded to one length: R rows of L slots.
+
+    ``tokens`` (T_b,) int64: the tokens of these sequences; ``slots`` (T_b,) int64: their places in the R * L
+    slots; ``newest`` (R,) int64: each sequence's last token; ``ages`` (R, L) float32 as in ``layout``, 0 where there
+    is no token; None without times.
+    """
+
+    rows: int
+    length: int
+    tokens: Tensor
+    slots: Tensor
+    newest: Tensor
+    ages: Tensor | None
+    _sources: dict[tuple[int, int | None], Tensor] = field(default_factory=dict, compare=False)
+    _gaps: list[Tensor] = field(default_factory=list, compare=False)
+    _bias_rows: dict[tuple[int, int, int, bool], Tensor] = field(default_factory=dict, compare=False)
+
+    def pad(self, values: Tensor) -> Tensor:
+        """(T, C) of all tokens -> (R * L, C), 0 where there is no token."""
+        padded = values.new_zeros(self.rows * self.length, values.shape[1])
+        return padded.index_copy_(0, self.slots, values.index_select(0, self.tokens))
+
+    def split_heads(self, values: Tensor, parts: int, heads: int, padding: int | None = None) -> Tensor:
+        """(T, parts * H * d) of all tokens -> (parts, H * R, L, d). Padding takes the row ``padding``; without, the
+        newest token of its own sequence, which no query of a token looks at."""
+        count = parts * heads
+        if (count, padding) not in self._sources:
+            source = (
+                self.newest.repeat_interleave(self.length)
+                if padding is None
+                else self.newest.new_full((self.rows * self.length,), padding)
+            )
+            source[self.slots] = self.tokens
+            source = source.to(_index_type(values.shape[0] * count))
+            part = torch.arange(count, device=source.device, dtype=source.dtype).unsqueeze(1)
+            self._sources[count, padding] = torch.add(part, source, alpha=count).flatten()
+        rows = values.reshape(values.shape[0] * count, -1)
+        picked = rows.index_select(0, self._sources[count, padding])
+        return picked.view(parts, heads * self.rows, self.length, rows.shape[1])
+
+    def gaps(self) -> Tensor | None:
+        """(R, L, L) int32: buckets of the time between each query and key; made once, for all layers. None without
+        times."""
+        if self.ages is not None and not self._gaps:
+            self._gaps.append(time_buckets(self.ages[:, None, :] - self.ages[:, :, None]))
+        return self._gaps[0] if self._gaps else None
+
+    def bias_rows(self, first: int, last: int, reach: int, timed: bool) -> Tensor:
+        """(R, last - first, last) int32, or (1, ...) where not ``timed``: of the queries ``first`` to ``last`` and the
+        keys before ``last``, the row in a flat table of (time bucket, distance), or of distances alone. There are
+        ``reach`` distances, and one more for keys after their query. Made once, for all layers."""
+        key = (first, last, reach, timed)
+        if key not in self._bias_rows:
+            place = torch.arange(last, dtype=torch.int32, device=self.tokens.device)
+            distance = place[first:, None] - place  # (S, last)
+            distance = torch.where(distance < 0, reach, distance.clamp_(max=reach - 1)).unsqueeze(0)
+            if timed:
+                assert self.ages is not None
+                gaps = time_buckets(self.ages[:, None, :last] - self.ages[:, first:last, None])  # (R, S, last)
+                distance = gaps.mul_(reach + 1).add_(distance)
+            self._bias_rows[key] = distance
+        return self._bias_rows[key]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the tokens of a batch's sequences lie in buckets.
+
+    ``lengths``, ``ages``: what it was made of, for kernels that need no buckets.
+    """
+
+    total: int
+    buckets: tuple[Bucket, ...]
+    lengths: Tensor
+    ages: Tensor | None
+    _places: dict[int, Tensor] = field(default_factory=dict, compare=False)
+
+    def parts_of(self, rows: Tensor, parts: int, heads: int) -> list[Tensor]:
+        """Views of (parts * H * sum of R * L, d), one bucket after the other: (parts, H * R, L, d) each."""
+        sizes = [parts * heads * bucket.rows * bucket.length for bucket in self.buckets]
+        return [
+            part.view(parts, heads * bucket.rows, bucket.length, rows.shape[1])
+            for bucket, part in zip(self.buckets, rows.split(sizes), strict=True)
+        ]
+
+    def slots(self) -> int:
+        """Sum of R * L over the buckets."""
+        return sum(bucket.rows * bucket.length for bucket in self.buckets)
+
+    def join_heads(self, rows: Tensor, parts: int, heads: int) -> Tensor:
+        """What ``parts_of`` has views of -> (T, parts * H * d)."""
+        count = parts * heads
+        if count not in self._places:
+            kind = _index_type(rows.shape[0])
+            place = torch.empty(self.total, count, dtype=kind, device=self.lengths.device)
+            start = 0
+            for bucket in self.buckets:
+                size = bucket.rows * bucket.length
+                part = torch.arange(count, dtype=kind, device=place.device) * size + start
+                place[bucket.tokens] = bucket.slots.to(kind).unsqueeze(1) + part
+                start += count * size
+            self._places[count] = place.flatten()
+        return rows.index_select(0, self._places[count]).view(self.total, count * rows.shape[1])
+
+
+def layout(lengths: Tensor, ages: Tensor | None, max_buckets: int | None = None) -> Layout:
+    """Sorts sequences by length into at most ``max_buckets`` buckets of about equally many tokens.
+
+    lengths (B,) int64; ages (T,) float32 seconds from event to request, or None. Empty sequences are in no
+    bucket. Default for ``max_buckets``: BUCKETS on CPU; one on a GPU, where padding is cheaper than launches.
+    """
+    if max_buckets is None:
+        max_buckets = BUCKETS if lengths.device.type == "cpu" else 1
+    order = torch.argsort(lengths, descending=True, stable=True)  # (B,)
+    ordered = lengths[order]
+    starts = (lengths.cumsum(0) - lengths)[order]  # (B,) first token of each sequence
+    buckets = []
+    for first, last in _splits(ordered, max_buckets):
+        length = int(ordered[first])
+        kept = ordered[first:last]  # (R,)
+        column = torch.arange(length, device=lengths.device)
+        slots = (column < kept.unsqueeze(1)).flatten().nonzero().squeeze(1)  # (T_b,)
+        tokens = (starts[first:last].unsqueeze(1) + column).flatten().index_select(0, slots)  # (T_b,)
+        bucket = Bucket(last - first, length, tokens, slots, starts[first:last] + kept - 1, None)
+        if ages is not None:
+            bucket = replace(bucket, ages=bucket.pad(ages.unsqueeze(1)).view(bucket.rows, length))
+        buckets.append(bucket)
+    return Layout(int(lengths.sum()), tuple(buckets), lengths, ages)
+
+
+def _splits(descending: Tensor, max_buckets: int) -> Sequence[tuple[int, int]]:
+    """Row ranges of the buckets, for lengths in descending order, without the empty sequences: about equally many
+    tokens each. For lengths spread evenly 8 such buckets compute 1.2 times the scores that count; buckets of equal
+    attention cost, whose last holds all short sequences, 1.33 times."""
+    count = int((descending > 0).sum())
+    if count == 0:
+        return []
+    tokens = descending[:count].double().cumsum(0)
+    targets = tokens[-1] * torch.arange(1, max_buckets, device=tokens.device) / max_buckets
+    cuts = torch.searchsorted(tokens, targets).tolist()
+    edges = sorted({0, count, *(cut for cut in cuts if cut < count)})
+    return list(pairwise(edges))
+
+
+def _index_type(rows: int) -> torch.dtype:
+    return torch.int32 if rows < 2**31 else torch.int64  # half the memory to read, where it reaches

@@ -1,0 +1,60 @@
+"""Hosts: what memory the planner gives to each rank, and tables that do not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torchrec import EmbeddingCollection, EmbeddingConfig
+
+from roo_ray.config import Training
+from roo_ray.errors import ConfigError
+from roo_ray.training.export_items import one_rank
+from roo_ray.training.hosts import TABLES_SHARE, Place, describe, host_memory, topology
+from roo_ray.training.sharding import shard
+
+GIB = 2**30
+
+
+def test_ranks_share_the_memory_of_their_host() -> None:
+    ranks = [Place("a", 100 * GIB, 0), Place("a", 100 * GIB, 0), Place("b", 60 * GIB, 0), Place("b", 60 * GIB, 0)]
+    made = topology(ranks, "cpu")
+    assert [device.storage.ddr for device in made.devices] == [
+        int(TABLES_SHARE * size * GIB) // 2 for size in (100, 100, 60, 60)
+    ]
+    assert made.local_world_size == 2
+    assert describe(ranks) == "4 workers on 2 hosts with 48.0 GiB for tables each"
+
+
+def test_gpus_have_their_own_memory() -> None:
+    made = topology([Place("a", 100 * GIB, 80 * GIB), Place("b", 100 * GIB, 40 * GIB)], "cuda")
+    assert [device.storage.hbm for device in made.devices] == [80 * GIB, 40 * GIB]
+    assert made.local_world_size == 1
+
+
+@pytest.mark.parametrize("names", ["aab", "aba", "abb", "abcc"])
+def test_unequal_hosts_are_hosts_of_one_rank(names: str) -> None:
+    assert topology([Place(name, GIB, 0) for name in names], "cpu").local_world_size == 1
+
+
+def test_a_container_has_what_its_limit_says(tmp_path: Path) -> None:
+    everything = host_memory(tmp_path)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host_memory(tmp_path) == everything
+    (tmp_path / "memory.max").write_text("1000000\n")
+    assert host_memory(tmp_path) == 1_000_000
+
+
+def test_tables_that_do_not_fit_are_refused() -> None:
+    """Before anything is allocated: of twice the memory that is here."""
+    rows = 2 * host_memory() // (64 * 4)
+    table = EmbeddingConfig(name="item", num_embeddings=rows, embedding_dim=64, feature_names=["item"])
+    model = nn.ModuleDict({"sparse": EmbeddingCollection(device=torch.device("meta"), tables=[table])})
+    with (
+        one_rank(),
+        pytest.raises(ConfigError, match=r"'item' [\d.,]+ GiB\) do not fit 1 workers on 1 host") as refused,
+    ):
+        shard(model, Training(), torch.device("cpu"), batch_requests=8, ids_per_request={})
+    assert "model.embeddings.weights=fp16" in str(refused.value)
