@@ -1,7 +1,7 @@
 """Stores in MLflow what a job could not send: python jobs/replay_tracking.py FILE...
 
 The job that could not reach its MLflow server has printed the file's name. Each file names its server and run; what
-the run has already is not stored again. A file is removed once all of it is stored; what the server refuses stays in it.
+the run has already is not stored again. A file is removed once all of it is stored; what the server refuses stays.
 """
 
 from __future__ import annotations
