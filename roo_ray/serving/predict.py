@@ -155,7 +155,7 @@ def predict(config: Config, model: str, output: str, say: Callable[[str], None],
     filesystem, base = open_filesystem(output)
     if filesystem.get_file_info(pafs.FileSelector(base, allow_not_found=True)):
         raise ConfigError(f"{shown(output)} exists and is not empty; choose another output, or remove it")
-    run = open_run(config.tracking, "predict", config.run_name or config.name, session.alive_nodes())
+    run = open_run(config.tracking, "predict", config.run_name or config.name, 1)  # this process alone writes
     logger = RunLogger(run, say, config.tracking.end_wait_seconds)
     succeeded = False
     try:

@@ -61,8 +61,8 @@ class RunState(Strict):
     the number of ranks. ``trained``: of that epoch so far, or of the last whole one: requests, impressions and
     the sum of the request keys modulo 2^64, which tells whether two runs saw the same requests.
     ``metrics``: the last held-out metrics. ``skipped``: batches left out so far because their loss was not finite
-    (``training.on_nan``). ``seconds``: in training steps so far (``training.max_seconds``). ``files``: the other files of
-    the checkpoint, with their bytes; empty where not known."""
+    (``training.on_nan``). ``seconds``: in training steps so far (``training.max_seconds``). ``files``: the other files
+    of the checkpoint, with their bytes; empty where not known."""
 
     epoch: int
     step: int

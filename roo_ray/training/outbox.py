@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from roo_ray.training.spool import (
@@ -159,14 +160,15 @@ class Outbox:
         try:
             if left:
                 write_whole(path, lines_of([{"uri": self.uri, "run_id": self.run_id}, *left]))
-            self._spool.remove()
-            self._kept_file().unlink(missing_ok=True)
         except OSError as error:
             self.warn(
                 f"warning: {len(left):,} entries of MLflow run {self.run_id} are lost: the server did not take them, "
                 f"and they cannot be kept in {path} ({error})"
             )
             return None
+        with suppress(OSError):
+            self._spool.remove()
+            self._kept_file().unlink(missing_ok=True)
         return path if left else None
 
     def _next(self) -> list[Entry]:

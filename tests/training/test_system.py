@@ -27,7 +27,8 @@ def test_samples_go_on_after_a_restart(tmp_path: Path, monkeypatch: pytest.Monke
         with system.system_metrics(logger):
             deadline = time.monotonic() + 60
             while len(steps()) < before + 2 and time.monotonic() < deadline:
-                time.sleep(0.05)
+                time.sleep(0.2)
+                logger.flush()
         assert len(steps()) >= before + 2
     assert steps() == sorted(set(steps()))
     named = client.get_run(run.run_id).data.metrics
