@@ -23,7 +23,8 @@ def main() -> None:
 
     from roo_ray import session
     from roo_ray.review.evaluation import compare_models, difference_rows
-    from roo_ray.training.launch import evaluate, find_checkpoint
+    from roo_ray.training.folder import find_checkpoint
+    from roo_ray.training.launch import evaluate
     from roo_ray.training.progress import make_say
     from roo_ray.training.summary import quality_rows
     from roo_ray.training.tracking import where_to_look

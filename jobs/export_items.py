@@ -18,7 +18,7 @@ def main() -> None:
     config = read_config(options)
 
     from roo_ray.training.export_items import export_items
-    from roo_ray.training.launch import find_checkpoint
+    from roo_ray.training.folder import find_checkpoint
     from roo_ray.training.progress import make_say
 
     checkpoint = find_checkpoint(config, options.checkpoint)

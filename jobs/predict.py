@@ -24,6 +24,7 @@ def main() -> None:
     from roo_ray import session
     from roo_ray.serving.predict import predict
     from roo_ray.training.progress import make_say
+    from roo_ray.training.tracking import where_to_look
 
     say = make_say()
     begin = time.perf_counter()
@@ -38,7 +39,7 @@ def main() -> None:
             ["impressions", f"{done.impressions:,}", f"{done.impressions / seconds:,.0f}"],
             ["files", f"{done.files:,}", ""],
         ],
-        f"output: {done.output}",
+        f"output: {done.output}\nMLflow: {where_to_look(done.run)}",
     )
 
 

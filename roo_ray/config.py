@@ -132,8 +132,8 @@ class Training(Strict):
     ``form``: ``request`` is ROO; ``impression`` trains the same batches exploded, the baseline.
     ``autocast``: ``bf16`` runs the towers in bfloat16 where that is safe. ``deterministic``: only algorithms that
     give the same bits each time, at equal workers and plan.
-    ``max_seconds``: training ends after so much time in steps (start-up and evaluation not counted; anew where the
-    workers are started again), at a step that all ranks agree on, and is then evaluated."""
+    ``max_seconds``: training ends after so much time in steps (start-up and evaluation not counted; of the whole run,
+    however often its workers are started again), at a step that all ranks agree on, and is then evaluated."""
 
     workers: Annotated[int, Field(gt=0)] | WorkerRange = 2
     gpu: bool = False

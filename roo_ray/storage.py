@@ -60,3 +60,18 @@ def join_path(path: str, *parts: str) -> str:
     """A path or URI below another one; a URI's query (its endpoint, its region) stays at the end."""
     base, mark, query = path.partition("?") if "://" in path else (path, "", "")
     return "/".join([base.rstrip("/"), *parts]) + mark + query
+
+
+def write_whole(path: str, content: bytes) -> None:
+    """Writes a file at a local path or URI in one piece, and its folder; on a local disk it is durable then."""
+    filesystem, inner = open_filesystem(path)
+    filesystem.create_dir(inner.rpartition("/")[0], recursive=True)
+    if not isinstance(filesystem, pafs.LocalFileSystem):
+        with filesystem.open_output_stream(inner) as stream:  # an object appears when it is whole
+            stream.write(content)
+        return
+    with open(f"{inner}.part", "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{inner}.part", inner)

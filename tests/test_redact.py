@@ -18,7 +18,7 @@ from roo_ray.errors import EXIT_FAILURE, ConfigError
 from roo_ray.redact import HIDDEN, is_secret, redact, redact_text
 from roo_ray.storage import join_path
 from roo_ray.terminal import print_table, run_job
-from roo_ray.training.launch import with_credentials
+from roo_ray.training.folder import with_credentials
 from roo_ray.training.progress import make_say
 from roo_ray.training.tracking import RunHandle, RunLogger, open_run, where_to_look
 from tests.cluster.heads import ROOT

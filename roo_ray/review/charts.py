@@ -145,3 +145,17 @@ def lines(path: Path, title: str, x: str, y: str, series: Mapping[str, Points], 
             room = 0.08 * (max(late) - min(late))
             a.set_ylim(min(late) - room, max(late) + room)
         a.legend(frameon=False)
+
+
+def by_day(
+    path: Path, task: str, days: Sequence[str], series: Mapping[str, Sequence[float | None]], refused: str | None = None
+) -> None:
+    """A task's NE by day, a line per named series; a day whose model was not published is marked."""
+    with picture(path, f"{task}: NE by day", "day (UTC)", "NE (1 = base rate; lower is better)", (8.0, 4.2)) as a:
+        for (name, values), colour in zip(series.items(), (BLUE, GREEN, ORANGE), strict=False):
+            ys = [np.nan if value is None else value for value in values]
+            a.plot(list(days), ys, marker="o", ms=4, lw=2, color=colour, label=name)
+        if refused is not None:
+            a.axvline(days.index(refused), color=GREY, ls="--", lw=1, label=f"{refused}: not published")
+        a.tick_params(axis="x", rotation=45)
+        a.legend(frameon=False)

@@ -8,7 +8,7 @@ have seen by then, and how good they are.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ from mlflow.tracking import MlflowClient
 
 from roo_ray import session
 from roo_ray.config import Config
-from roo_ray.errors import ConfigError
+from roo_ray.errors import ConfigError, RooError
 from roo_ray.requests.manifest import load_manifest
 from roo_ray.review import charts
 from roo_ray.review.history import Point, cumulative
@@ -55,9 +55,30 @@ def _train(config: Config, form: Form, run_name: str, say: Callable[[str], None]
     result = train(config.model_copy(update={"training": training}), run_name, say)
     client = MlflowClient(result.run.uri)
     curve = cumulative(client, result.run.run_id, config.request_schema.labels[0].name)
-    seconds = sum(point.value for point in client.get_metric_history(result.run.run_id, "train/seconds"))
-    samples = sum(point.value for point in client.get_metric_history(result.run.run_id, "train/impressions"))
-    return Trained(result, seconds, samples, curve)
+
+    def logged(name: str) -> list[float]:
+        return [point.value for point in client.get_metric_history(result.run.run_id, name)]
+
+    seconds, samples = logged("train/seconds"), logged("train/impressions")
+    require_all(run_name, sum(samples), logged("epoch/impressions"), result.metrics["epoch/impressions"])
+    return Trained(result, sum(seconds), sum(samples), curve)
+
+
+def require_all(run_name: str, samples: float, epochs: list[float], last: float) -> None:
+    """Raises RooError where MLflow does not hold all that a training has logged: ``samples`` in its windows, against
+    those of its ``epochs``, of which the ``last`` is known from the training itself."""
+    trained = sum(epochs) if last in epochs else sum(epochs) + last
+    if samples < trained:
+        raise RooError(
+            f"MLflow holds {samples:,.0f} of the {trained:,.0f} impressions that run '{run_name}' was trained on, so "
+            "that nothing can be compared: send what waits (jobs/replay_tracking.py; the training has named the file), "
+            "and run the comparison again; what is trained is not trained again"
+        )
+
+
+def out_of_data(same_data: Mapping[Form, float], same_time: Mapping[Form, float]) -> list[Form]:
+    """The forms that saw all samples there are before their time was up."""
+    return [form for form in FORMS if same_time[form] >= same_data[form]]
 
 
 def _figures(arm: str, trained: dict[Form, Trained], tasks: list[str]) -> dict[str, float]:
@@ -97,7 +118,7 @@ def compare_forms(
     timed = config.model_copy(update={"training": training})
     same_time = {form: _train(timed, form, f"{run_name}-{form}-same-time", say) for form in FORMS}
 
-    short = [form for form in FORMS if same_time[form].samples >= same_data[form].samples]
+    short = out_of_data(*({form: of.samples for form, of in arm.items()} for arm in (same_data, same_time)))
     if short:
         say(
             f"warning: {' and '.join(short)}-level training ran out of data before {limit:.1f} s: its samples seen are "
@@ -134,7 +155,6 @@ def compare_forms(
         with never_fatal("the pictures", say), tempfile.TemporaryDirectory() as folder:
             comparison_pictures(Path(folder), same_data, same_time, tasks[0], limit)
             logger.folder(folder, PICTURES)
-            logger.flush()  # before the folder goes
         succeeded = True
     finally:
         logger.end(succeeded)

@@ -25,9 +25,9 @@ from roo_ray.requests.manifest import Manifest
 from roo_ray.review import charts
 from roo_ray.review.history import baseline_run, cumulative, step_milliseconds
 from roo_ray.review.sample import sample_requests, training_ratios
-from roo_ray.serving.publish import publish_model
+from roo_ray.serving.publish import publish_model, register_model
 from roo_ray.storage import without_secrets
-from roo_ray.training.tracking import RunHandle, RunLogger
+from roo_ray.training.tracking import RunHandle, RunLogger, store_problem
 
 PICTURES = "review"
 Say = Callable[[str], None]
@@ -90,8 +90,9 @@ class RequestDataset(Dataset):  # type: ignore[misc]
 
 
 @contextmanager
-def never_fatal(what: str, say: Say) -> Iterator[None]:
-    """A failure in the block is said, not raised: a trained model is worth more than its pictures."""
+def never_fatal(what: str, say: Say, failed: list[str] | None = None) -> Iterator[None]:
+    """A failure in the block is said, and added to ``failed``, not raised: a trained model is worth more than its
+    pictures."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -99,6 +100,8 @@ def never_fatal(what: str, say: Say) -> Iterator[None]:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         say(f"{what} could not be logged: {reason}")
+        if failed is not None:
+            failed.append(what)
 
 
 def log_dataset(run: RunHandle, data_set: str, manifest: Manifest, context: str) -> None:
@@ -165,41 +168,63 @@ def curve_pictures(run: RunHandle, folder: Path) -> None:
         charts.step_times(folder / "step_time.png", times)
 
 
-def review_training(config: Config, manifest: Manifest, checkpoint: str, run: RunHandle, say: Say) -> None:
-    """Completes a training run: model, data set, pictures, ratios."""
+def review_training(
+    config: Config, manifest: Manifest, checkpoint: str, run: RunHandle, say: Say, *, register: bool = True
+) -> bool:
+    """Completes a training run: model, data set, pictures, ratios; whether all is there. What cannot be made now is
+    said, with the command that completes it. ``register``: under ``serving.register_as``."""
     if run.uri is None:
-        return
-    RunLogger(run).flush()
-    with never_fatal("the model", say):
-        uri = publish_model(config, manifest, checkpoint, run)
-        if uri:
-            name = config.serving.register_as
-            say(f"logged the model as {uri}" + (f", registered as '{name}'" if name else ""))
-    with never_fatal("the data set", say):
-        log_dataset(run, config.requests, manifest, "train")
-    _pictures(config, manifest, run, say, training=True)
+        return True
+    failed: list[str] = []
+    if (problem := store_problem(run.uri)) is not None:
+        say(f"MLflow does not answer ({problem}): the model, the data set and the pictures are not logged")
+        failed.append("all of it")
+    else:
+        with never_fatal("the model", say, failed):
+            uri = publish_model(config, manifest, checkpoint, run)
+            if uri:
+                version = register_model(config, checkpoint, run) if register else None
+                name = f", registered as '{config.serving.register_as}' version {version}" if version else ""
+                say(f"logged the model as {uri}{name}")
+        with never_fatal("the data set", say, failed):
+            log_dataset(run, config.requests, manifest, "train")
+        failed += _pictures(config, manifest, run, say, training=True)
+    if failed:
+        say(
+            f"what is missing of MLflow run {run.run_id} is completed, when its server answers, by: python "
+            f"jobs/review.py --config CONFIG run_name={config.run_name}"
+        )
+    return not failed
 
 
 def review_evaluation(config: Config, manifest: Manifest, run: RunHandle, say: Say) -> None:
     """Completes an evaluation run: data set and pictures."""
     if run.uri is None:
         return
+    if (problem := store_problem(run.uri)) is not None:
+        say(
+            f"MLflow does not answer ({problem}): the data set and the pictures are not logged; evaluate again for them"
+        )
+        return
     with never_fatal("the data set", say):
         log_dataset(run, config.requests, manifest, "evaluation")
     _pictures(config, manifest, run, say, training=False)
 
 
-def _pictures(config: Config, manifest: Manifest, run: RunHandle, say: Say, training: bool) -> None:
+def _pictures(config: Config, manifest: Manifest, run: RunHandle, say: Say, training: bool) -> list[str]:
+    """Logs the pictures; those that could not be."""
+    failed: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        with never_fatal("the evaluation's pictures", say):
+        with never_fatal("the evaluation's pictures", say, failed):
             evaluation_pictures(run, folder)
         if training:
-            with never_fatal("the data's pictures", say):
+            with never_fatal("the data's pictures", say, failed):
                 data_pictures(config, manifest, run, folder)
-            with never_fatal("the training's pictures", say):
+            with never_fatal("the training's pictures", say, failed):
                 curve_pictures(run, folder)
-        with never_fatal("the pictures", say):
-            logger = RunLogger(run)
+        with never_fatal("the pictures", say, failed):
+            logger = RunLogger(run, say)
             logger.folder(folder, PICTURES)
-            logger.close()  # before the folder goes
+            logger.close()  # says where what is not sent waits
+    return failed

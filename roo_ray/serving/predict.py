@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -36,8 +37,8 @@ from roo_ray.schema import Schema
 from roo_ray.serving.export import export_model, input_types
 from roo_ray.serving.scorer import INPUTS, MODEL, SCHEMA, WEIGHTS, Scorer, input_columns
 from roo_ray.storage import open_filesystem, without_secrets
-from roo_ray.training.launch import find_checkpoint
-from roo_ray.training.tracking import tracking_uri
+from roo_ray.training.folder import find_checkpoint
+from roo_ray.training.tracking import RunHandle, RunLogger, open_run, tracking_uri
 
 NOTE = "_predictions.json"  # readers of Parquet folders pass over names that begin so
 UNITS_AT_ONCE = 8
@@ -45,12 +46,13 @@ UNITS_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class Predicted:
-    """``output``: the folder. Counts of what was scored, and bytes of the exported model."""
+    """``output``: the folder. Counts of what was scored. ``run``: in MLflow."""
 
     output: str
     requests: int
     impressions: int
     files: int
+    run: RunHandle
 
 
 def exported_model(config: Config, named: str, manifest: Manifest, scratch: Path) -> Path:
@@ -143,7 +145,8 @@ def shown(place: str) -> str:
 
 
 def predict(config: Config, model: str, output: str, say: Callable[[str], None], actors: int = 1) -> Predicted:
-    """Scores every impression of the request data set with a model (see ``exported_model``) into ``output``.
+    """Scores every impression of the request data set with a model (see ``exported_model``) into ``output``, as an
+    MLflow run of its own: parameters, model, data version, counts and throughput.
 
     Raises ConfigError where the output exists; DataError where the data does not fit the model, or where the rows
     written are not those that the manifest counts; nothing that looks complete is left then.
@@ -152,6 +155,29 @@ def predict(config: Config, model: str, output: str, say: Callable[[str], None],
     filesystem, base = open_filesystem(output)
     if filesystem.get_file_info(pafs.FileSelector(base, allow_not_found=True)):
         raise ConfigError(f"{shown(output)} exists and is not empty; choose another output, or remove it")
+    run = open_run(config.tracking, "predict", config.run_name or config.name, 1)  # this process alone writes
+    logger = RunLogger(run, say, config.tracking.end_wait_seconds)
+    succeeded = False
+    try:
+        logger.params(config.model_dump(mode="json", exclude={"request_schema"}) | {"actors": actors})
+        data = {"data_set": config.requests, "data_version": manifest.version, "data_digest": manifest.digest()}
+        logger.tags(data | {"model": shown(model), "output": shown(output)})
+        logger.text(config.request_schema.to_yaml(), "schema.yaml")
+        begin = time.perf_counter()
+        counts = _predict(config, model, manifest, output, say, actors)
+        seconds = time.perf_counter() - begin
+        rates = {f"{name}_per_second": counts[name] / seconds for name in ("requests", "impressions")}
+        logger.metrics({f"predict/{name}": value for name, value in ({"seconds": seconds} | counts | rates).items()})
+        succeeded = True
+    finally:
+        logger.end(succeeded)
+    return Predicted(output, **counts, run=run)
+
+
+def _predict(
+    config: Config, model: str, manifest: Manifest, output: str, say: Callable[[str], None], actors: int
+) -> dict[str, int]:
+    filesystem, base = open_filesystem(output)
     local = isinstance(filesystem, pafs.LocalFileSystem)
     staging = f"{base}.partial-{uuid.uuid4().hex[:8]}" if local else output
     with tempfile.TemporaryDirectory() as scratch:
@@ -199,4 +225,4 @@ def predict(config: Config, model: str, output: str, say: Callable[[str], None],
             filesystem.delete_dir(staging)
         elif not done:
             filesystem.delete_dir_contents(base)
-    return Predicted(output, requests, impressions, len(items))
+    return {"requests": requests, "impressions": impressions, "files": len(items)}

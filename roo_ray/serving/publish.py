@@ -1,9 +1,11 @@
-"""Logs a checkpoint as an MLflow model with a signature, into the run that trained it; registers it by name."""
+"""Logs a checkpoint as an MLflow model with a signature, into the run that trained it, once; registers it by name."""
 
 from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,14 @@ import mlflow
 import mlflow.pyfunc
 import pyarrow as pa
 from mlflow.models import ModelSignature
+from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, DataType
 from mlflow.types import Schema as MlflowSchema
 from mlflow.types.schema import AnyType, Array
 
 from roo_ray.config import Config
 from roo_ray.errors import DataError
+from roo_ray.redact import redact_text
 from roo_ray.requests.manifest import Manifest
 from roo_ray.schema import Schema
 from roo_ray.serving import mlflow_model
@@ -26,6 +30,7 @@ from roo_ray.serving.scorer import columns_with_null_elements, optional_columns,
 from roo_ray.training.tracking import RunHandle
 
 MODEL_NAME = "model"
+MODEL_TAG, MODEL_OF_TAG = "roo_ray.model", "roo_ray.model_of"  # a run's model, and the checkpoint that it is of
 
 
 def _column_type(kind: pa.DataType, column: str) -> DataType | Array:
@@ -70,7 +75,7 @@ def signature_of(inputs: pa.Schema, schema: Schema) -> ModelSignature:
 
 def requirements() -> list[str]:
     """What the model needs where it is served: neither Ray nor anything of the training."""
-    names = ("mlflow", "torch", "torchrec", "pyarrow", "numpy", "pandas", "pydantic", "pyyaml")
+    names = ("mlflow", "torch", "torchrec", "fbgemm-gpu", "pyarrow", "numpy", "pandas", "pydantic", "pyyaml")
     return [f"{name}=={metadata.version(name).split('+')[0]}" for name in names]
 
 
@@ -92,18 +97,54 @@ def save_mlflow_model(checkpoint: str, inputs: pa.Schema, schema: Schema, folder
 
 
 def publish_model(config: Config, manifest: Manifest, checkpoint: str, run: RunHandle) -> str | None:
-    """Logs the model of a training run into it, and registers it under ``serving.register_as``; the model's URI, None
-    where tracking or ``serving.log_model`` is off."""
+    """Logs the model of a training run into it, once for each checkpoint; the model's URI, None where tracking or
+    ``serving.log_model`` is off."""
     if run.uri is None or not config.serving.log_model:
         return None
+    client = MlflowClient(run.uri)
+    known = logged_model(client, run, checkpoint)
+    if known is not None:
+        return known
     inputs = input_types(config.requests, manifest, config.request_schema)
     logging.getLogger("mlflow").setLevel(logging.ERROR)  # it hints at type hints
+    with _store(run.uri), mlflow.start_run(run_id=run.run_id, log_system_metrics=False):
+        info = save_mlflow_model(checkpoint, inputs, config.request_schema, "", name=MODEL_NAME)
+    for tag, value in ((MODEL_TAG, str(info.model_uri)), (MODEL_OF_TAG, redact_text(checkpoint))):
+        client.set_tag(run.run_id, tag, value)
+    return str(info.model_uri)
+
+
+def logged_model(client: MlflowClient, run: RunHandle, checkpoint: str) -> str | None:
+    """The URI of the model that was logged into the run from that checkpoint; None where there is none."""
+    tags = client.get_run(run.run_id).data.tags
+    known: str | None = tags.get(MODEL_TAG) if tags.get(MODEL_OF_TAG) == redact_text(checkpoint) else None
+    return known
+
+
+def register_model(config: Config, checkpoint: str, run: RunHandle) -> str | None:
+    """Registers the model that was logged from a checkpoint under ``serving.register_as``, unless a version of it is
+    registered already: the version; None where nothing is to be registered. Raises DataError where no model of the
+    checkpoint was logged."""
+    name = config.serving.register_as
+    if run.uri is None or not config.serving.log_model or name is None:
+        return None
+    client, checkpoint = MlflowClient(run.uri), redact_text(checkpoint)
+    for version in client.search_model_versions(f"name = '{name}'"):
+        if version.run_id == run.run_id and version.tags.get(MODEL_OF_TAG) == checkpoint:
+            return str(version.version)
+    uri = logged_model(client, run, checkpoint)
+    if uri is None:
+        raise DataError(f"run {run.run_id} has no model of {checkpoint} that could be registered")
+    with _store(run.uri):
+        return str(mlflow.register_model(uri, name, tags={MODEL_OF_TAG: checkpoint}).version)
+
+
+@contextmanager
+def _store(uri: str) -> Iterator[None]:
+    """MLflow's own functions write to the store at ``uri`` within the block."""
     before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(run.uri)
+    mlflow.set_tracking_uri(uri)
     try:
-        with mlflow.start_run(run_id=run.run_id, log_system_metrics=False):
-            named = {"name": MODEL_NAME, "registered_model_name": config.serving.register_as}
-            info = save_mlflow_model(checkpoint, inputs, config.request_schema, "", **named)
+        yield
     finally:
         mlflow.set_tracking_uri(before)
-    return str(info.model_uri)

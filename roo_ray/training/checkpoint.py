@@ -62,8 +62,9 @@ class RunState(Strict):
     the number of ranks. ``trained``: of that epoch so far, or of the last whole one: requests, impressions and
     the sum of the request keys modulo 2^64, which tells whether two runs saw the same requests.
     ``metrics``: the last held-out metrics. ``skipped``: batches left out so far because their loss was not finite
-    (``training.on_nan``). ``packed``: what lies in the checkpoint's large tensors (``packing``). ``files``: the other
-    files of the checkpoint, with their bytes; empty where not known."""
+    (``training.on_nan``). ``seconds``: in training steps so far (``training.max_seconds``). ``packed``: what lies in
+    the checkpoint's large tensors (``packing``). ``files``: the other files of the checkpoint, with their bytes; empty
+    where not known."""
 
     epoch: int
     step: int
@@ -76,6 +77,7 @@ class RunState(Strict):
     trained: dict[str, int] = Field(default_factory=dict)
     metrics: dict[str, float | None] = Field(default_factory=dict)
     skipped: int = 0
+    seconds: float = 0.0
     packed: Index = Field(default_factory=dict)
     files: dict[str, int] = Field(default_factory=dict)
 

@@ -16,7 +16,6 @@ from roo_ray.training.job import BEFORE_FILE, WorkerJob
 from roo_ray.training.saver import remove_leftovers
 from roo_ray.training.sharding import describe_plan
 from roo_ray.training.system import system_metrics
-from roo_ray.training.tracking import RunHandle
 from roo_ray.training.worker import Worker
 
 
@@ -56,7 +55,7 @@ def train(worker: Worker, found: ray.train.Checkpoint | None) -> None:
     epochs = job.config.training.epochs
     stream = worker.stream("train") if worker.epochs_done < epochs else None
     while stream is not None and worker.epochs_done < epochs and not worker.clock.is_over():
-        with system_metrics(job.run if worker.rank == 0 else RunHandle(None)):
+        with system_metrics(worker.logger):
             metrics = worker.train_epoch(stream, worker.epochs_done)
         worker.epochs_done += 1
         worker.position = None

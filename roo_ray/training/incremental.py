@@ -10,26 +10,29 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs as pafs
 from pydantic import Field, ValidationError
 
 from roo_ray import session
 from roo_ray.config import Config, Holdout, Incremental
-from roo_ray.errors import ConfigError, DataError, PublishRefused
+from roo_ray.errors import ConfigError, DataError, PublishRefused, Stopped
 from roo_ray.redact import redact_text
 from roo_ray.requests.manifest import load_manifest
+from roo_ray.review import charts
+from roo_ray.review.record import never_fatal
 from roo_ray.schema import Strict
-from roo_ray.storage import join_path, open_filesystem
+from roo_ray.serving.publish import register_model
+from roo_ray.storage import join_path, open_filesystem, write_whole
 from roo_ray.training.checkpoint import finite
+from roo_ray.training.folder import PLAN_FILE, read_json, with_credentials
 from roo_ray.training.job import BEFORE_FILE
-from roo_ray.training.launch import PLAN_FILE, train, with_credentials
+from roo_ray.training.launch import train
+from roo_ray.training.lease import at_work
 from roo_ray.training.progress import Say
-from roo_ray.training.tracking import RunHandle, RunLogger, open_run
+from roo_ray.training.tracking import RunHandle, RunLogger, find_run, open_run
 
 PUBLISHED_FILE = "published.json"
 
@@ -84,18 +87,8 @@ def _read(path: str) -> bytes | None:
 
 def write_published(config: Config, series: str, published: Published) -> None:
     """Replaces ``published.json`` in one piece."""
-    filesystem, path = open_filesystem(join_path(config.storage, series, PUBLISHED_FILE))
-    filesystem.create_dir(path.rpartition("/")[0], recursive=True)
     content = redact_text(json.dumps(published.model_dump(mode="json"), indent=1)).encode()
-    if isinstance(filesystem, pafs.LocalFileSystem):
-        with open(f"{path}.part", "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.part", path)
-        return
-    with filesystem.open_output_stream(path) as stream:  # an object appears when it is whole
-        stream.write(content)
+    write_whole(join_path(config.storage, series, PUBLISHED_FILE), content)
 
 
 def days_to_train(settings: Incremental, available: list[str], published: Published | None) -> list[str]:
@@ -132,15 +125,15 @@ def check_regression(settings: Incremental, task: str, result: DayResult, publis
             f"{result.day}: on the day's held-out requests the new model's NE of '{task}' is {new:.4f}, "
             f"{new / old - 1:+.2%} against {old:.4f} of the published model, and incremental.max_ne_rise allows "
             f"{settings.max_ne_rise:+.2%}; {out}. Look at the day's data; run again with a larger max_ne_rise to "
-            f"publish it nevertheless, or remove the run of {result.day} to train it anew"
+            f"publish it nevertheless, or remove the folder of that day's run from the storage to train it anew"
         )
 
 
 def config_of_day(config: Config, series: str, day: str) -> Config:
     """The config of a day's run: this day alone, in the order of time, on the data version it began with."""
     assert config.incremental is not None
-    plan = _read(join_path(config.storage, f"{series}-{day}", PLAN_FILE))
-    version = json.loads(plan)["data_version"] if plan is not None else config.requests_version
+    plan = read_json(config, f"{series}-{day}", PLAN_FILE)
+    version = plan["data_version"] if plan is not None else config.requests_version
     holdout = Holdout(by="request", fraction=config.incremental.holdout_fraction, only_days=[day])
     ingest = config.ingest.model_copy(update={"mode": "time"})
     return config.model_copy(update={"holdout": holdout, "ingest": ingest, "requests_version": version})
@@ -148,12 +141,21 @@ def config_of_day(config: Config, series: str, day: str) -> Config:
 
 def run_days(config: Config, series: str, say: Say) -> tuple[list[DayResult], Published | None, RunHandle | None]:
     """Trains and publishes the days that are new: (these, what is published now, the parent run; None where nothing
-    was to be done). Raises PublishRefused where a day's model is worse; what is published then stays."""
+    was to be done). A published model, and no other, is registered under ``serving.register_as``. Raises PublishRefused
+    where a day's model is worse; what is published then stays. Raises ConfigError where another job is at work on the
+    series."""
+    with at_work(join_path(config.storage, series), f"the series '{series}'", say):
+        return _run_days(config, series, say)
+
+
+def _run_days(config: Config, series: str, say: Say) -> tuple[list[DayResult], Published | None, RunHandle | None]:
     settings = config.incremental
     assert settings is not None
     task, *_ = tasks = [label.name for label in config.request_schema.labels]
     manifest = load_manifest(config.requests, config.requests_version)
     published = read_published(config, series)
+    if published is not None:
+        _register(config, published.last, say)  # a job that was killed may not have come to it
     days = days_to_train(settings, list(manifest.days), published)
     if not days:
         at = published.last.day if published else "no day"
@@ -162,24 +164,42 @@ def run_days(config: Config, series: str, say: Say) -> tuple[list[DayResult], Pu
     parent = open_run(config.tracking, "incremental", series, session.alive_nodes(), reopen=True)
     logger = RunLogger(parent, say, config.tracking.end_wait_seconds)
     done: list[DayResult] = []
-    succeeded = False
+    refused: DayResult | None = None
+    succeeded, stopped = False, False
     try:
         for day in days:
             result = _train_day(config_of_day(config, series, day), series, day, published, parent, tasks, say)
             step = _number(day, published.history[0].day if published else day)
-            logger.metrics({f"day/{name}": value for name, value in result.metrics.items()}, step)
+            by_day = {f"day/{name}": value for name, value in result.metrics.items()}
+            logger.metrics(by_day, step, again=True)  # of a day that is trained anew, the later figures count
+            refused = result
             check_regression(settings, task, result, published)
+            refused = None
             published = Published(history=[*(published.history if published else []), result])
             write_published(config, series, published)
             done.append(result)
             logger.tags({"published_day": day, "published_checkpoint": result.checkpoint})
             say(f"published the model of {day}: {result.checkpoint}")
+            _register(config, result, say)
         succeeded = True
+    except Stopped:
+        stopped = True
+        raise
     finally:
-        if published is not None:
-            _log_chart(logger, published, task)
-        logger.end(succeeded)
+        with never_fatal("the chart of NE by day", say):
+            log_chart(logger, published.history if published else [], refused, task)
+        logger.end(succeeded, stopped=stopped)
     return done, published, parent
+
+
+def _register(config: Config, day: DayResult, say: Say) -> None:
+    """Registers a published model, once, where the config names it; what fails is made up for by the next job."""
+    if config.serving.register_as is None or not day.run_id or not config.tracking.enabled:
+        return
+    with never_fatal(f"the registration of the model of {day.day}", say):
+        version = register_model(config, day.checkpoint, find_run(config.tracking, day.run_id))
+        if version is not None:
+            say(f"the model of {day.day} is '{config.serving.register_as}' version {version}")
 
 
 def _train_day(
@@ -194,7 +214,7 @@ def _train_day(
     run_name = f"{series}-{day}"
     manifest = load_manifest(config.requests, config.requests_version)
     start = published.last.checkpoint if published else None
-    trained = train(config, run_name, say, start_from=start, day=day, parent=parent)
+    trained = train(config, run_name, say, start_from=start, day=day, parent=parent, register=False)
     before = _read(join_path(config.storage, run_name, BEFORE_FILE)) if published else None
     return DayResult(
         day=day,
@@ -211,26 +231,21 @@ def _number(day: str, first: str) -> int:
     return (datetime.date.fromisoformat(day) - datetime.date.fromisoformat(first)).days + 1
 
 
-def _log_chart(logger: RunLogger, published: Published, task: str) -> None:
-    """NE by day as a picture, where matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+def log_chart(logger: RunLogger, published: list[DayResult], refused: DayResult | None, task: str) -> None:
+    """NE by day as a picture, of the published models and of the one that was refused, if any."""
+    days = [*published, *([refused] if refused else [])]
+    if not days:
         return
-    picture = Figure(figsize=(8, 4), layout="constrained")
-    axes = picture.subplots()
-    for name, title in (
-        ("ne_before", "published model, whole day, before training on it"),
-        ("ne_published", "published model, held-out requests"),
-        ("ne_new", "new model, held-out requests"),
-    ):
-        points = [(one.day, one.metrics.get(f"{task}/{name}")) for one in published.history]
-        values = [math.nan if value is None else value for _, value in points]
-        axes.plot([day for day, _ in points], values, marker="o", label=title)
-    axes.set(title=f"NE of '{task}' by day (lower is better)", xlabel="day (UTC)", ylabel="NE")
-    axes.tick_params(axis="x", rotation=45)
-    axes.legend()
+    series = {
+        title: [one.metrics.get(f"{task}/{name}") for one in days]
+        for name, title in (
+            ("ne_before", "published model, whole day, before training on it"),
+            ("ne_published", "published model, held-out requests"),
+            ("ne_new", "new model, held-out requests"),
+        )
+    }
     with tempfile.TemporaryDirectory() as folder:
-        picture.savefig(Path(folder) / "ne_by_day.png", dpi=120)
+        charts.by_day(
+            Path(folder) / "ne_by_day.png", task, [one.day for one in days], series, refused.day if refused else None
+        )
         logger.folder(folder, "charts")
-        logger.flush()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -21,25 +20,33 @@ from roo_ray import session
 from roo_ray.config import Config, WorkerRange
 from roo_ray.errors import ConfigError, Evicted, RooError, Stopped
 from roo_ray.ingest.holdout import check_sides
-from roo_ray.ingest.plan import differences, plan_inputs
+from roo_ray.ingest.plan import plan_inputs
 from roo_ray.models.check import check_model
 from roo_ray.models.cost import training_megaflops
 from roo_ray.redact import redact_text
-from roo_ray.requests.manifest import Manifest, load_manifest, manifest_versions
+from roo_ray.requests.manifest import Manifest, load_manifest
 from roo_ray.review.record import review_evaluation, review_training
 from roo_ray.schema import Schema
 from roo_ray.storage import join_path, open_filesystem
-from roo_ray.training.checkpoint import STATE_FILE, RunState, finite, open_checkpoint, read_state
+from roo_ray.training.checkpoint import finite, open_checkpoint, read_state
 from roo_ray.training.entry import train_worker
+from roo_ray.training.folder import (
+    PLAN_FILE,
+    RESULT_FILE,
+    folder_size,
+    has_begun,
+    refuse_another_run,
+    refuse_other_weights,
+    save_json,
+)
 from roo_ray.training.job import WorkerJob
+from roo_ray.training.lease import at_work
 from roo_ray.training.prepare import data_metrics
 from roo_ray.training.progress import Say, progress_board
 from roo_ray.training.saver import KEEP_SCORE
 from roo_ray.training.signals import on_terminate
 from roo_ray.training.tracking import RunHandle, RunLogger, open_run
 
-RESULT_FILE = "roo_ray_result.json"
-PLAN_FILE = "roo_ray_plan.json"
 CHECKPOINT_ARTIFACT_LIMIT = 2_000_000_000  # bytes; a larger checkpoint is named in the run, not copied into it
 
 
@@ -181,23 +188,42 @@ def train(
     start_from: str | None = None,
     day: str | None = None,
     parent: RunHandle | None = None,
+    register: bool = True,
 ) -> TrainingResult:
     """Trains on the newest version of the request data set, or goes on with the run of that name.
 
     ``start_from``: a checkpoint whose weights a new run begins with; ``day``: evaluate it on that day's data before;
-    ``parent``: the MLflow run that this one is shown under.
+    ``parent``: the MLflow run that this one is shown under; ``register``: the model, under ``serving.register_as``.
     Raises BadInput (data, config, cluster) and TrainingDiverged with one message; the MLflow run is then marked
-    FAILED. Raises Stopped after SIGTERM and a last checkpoint; the MLflow run is then marked KILLED.
+    FAILED. Raises Stopped after SIGTERM and a last checkpoint; the MLflow run is then marked KILLED. Raises
+    ConfigError where another job is at work on the run.
     """
-    begin = time.perf_counter()
     config = config.model_copy(update={"run_name": run_name})
+    with at_work(join_path(config.storage, run_name), f"run '{run_name}'", say):
+        return _train(config, run_name, say, start_from, day, parent, register)
+
+
+def _train(
+    config: Config,
+    run_name: str,
+    say: Say,
+    start_from: str | None,
+    day: str | None,
+    parent: RunHandle | None,
+    register: bool,
+) -> TrainingResult:
+    begin = time.perf_counter()
     check_model(config.request_schema, config.model, "cuda" if config.training.gpu else "cpu")
     manifest = load_manifest(config.requests, config.requests_version)
     check_schema_fits(config.request_schema, manifest, config.requests)
     check_sides(config.requests, manifest, config.request_schema, config.holdout)
     plan = order_of_data(config, manifest)
     refuse_another_run(config, run_name, plan)
-    run = open_run(config.tracking, "train", run_name, session.alive_nodes(), reopen=True, parent=parent)
+    begun = has_begun(config, run_name)
+    if start_from is not None and not begun:
+        refuse_other_weights(config, start_from)
+    nodes = session.alive_nodes()
+    run = open_run(config.tracking, "train", run_name, nodes, reopen=True, begun=begun, parent=parent)
     logger = RunLogger(run, say, config.tracking.end_wait_seconds)
     say(
         f"training '{run_name}' on version {manifest.version} of {config.requests}: {manifest.requests:,} requests, "
@@ -243,9 +269,9 @@ def train(
         if folder_size(path) <= CHECKPOINT_ARTIFACT_LIMIT:
             with result.checkpoint.as_directory() as folder:
                 logger.folder(folder, "checkpoint")
-                logger.flush()  # the folder may be a temporary one
         logger.tags({"checkpoint": path})
-        review_training(config, manifest, path, run, say)
+        logger.flush()  # the review reads what was logged
+        review_training(config, manifest, path, run, say, register=register)
         succeeded = True
     finally:
         logger.end(succeeded, stopped=stopped)
@@ -264,78 +290,6 @@ def order_of_data(config: Config, manifest: Manifest) -> dict[str, Any]:
     schema, seed, ingest = config.request_schema, config.training.seed, config.ingest
     cost = training_megaflops(schema, config.model)
     return plan_inputs(manifest, schema, ingest, config.holdout, "train", seed, ingest.mode, cost)
-
-
-def refuse_another_run(config: Config, run_name: str, plan: dict[str, Any]) -> None:
-    """Raises ConfigError where a run of this name has a checkpoint, and its model is another one or its data came in
-    another order: it cannot go on; DataError where it read a version that was purged."""
-    filesystem, base = open_filesystem(config.storage)
-    listing = filesystem.get_file_info(pafs.FileSelector(f"{base}/{run_name}", allow_not_found=True, recursive=True))
-    states = sorted(item.path for item in listing if os.path.basename(item.path) == STATE_FILE)
-    path = f"{base}/{run_name}/{PLAN_FILE}"
-    if not states or not filesystem.get_file_info(path).is_file:
-        return
-    with filesystem.open_input_stream(states[-1]) as stream:
-        model = RunState.model_validate_json(stream.read()).model
-    if model != config.model:
-        was, now = model.model_dump(mode="json"), config.model.model_dump(mode="json")
-        changed = [f"model.{name} was {was[name]} and is {now[name]}" for name in was if was[name] != now[name]]
-        raise ConfigError(
-            f"run '{run_name}' exists with another model: {'; '.join(changed)}; restore this, or choose another "
-            "run_name"
-        )
-    with filesystem.open_input_stream(path) as stream:
-        before = json.loads(stream.read())
-    changed = differences(before, plan)
-    if changed:
-        if plan["data_version"] != (pinned := before.get("data_version")) in manifest_versions(config.requests):
-            load_manifest(config.requests, pinned)  # says so where that version was purged
-        raise ConfigError(
-            f"run '{run_name}' exists and cannot go on, because its data would come in another order: "
-            f"{'; '.join(changed)}; restore this (requests_version names a version of the data), or choose another "
-            "run_name"
-        )
-
-
-def folder_size(path: str) -> int:
-    """Bytes of the files in a folder, local or on an object store."""
-    filesystem, inner = open_filesystem(path)
-    return sum(item.size or 0 for item in filesystem.get_file_info(pafs.FileSelector(inner, recursive=True)))
-
-
-def save_json(config: Config, run_name: str, name: str, content: dict[str, Any]) -> None:
-    """Writes a file beside a run's checkpoints."""
-    filesystem, base = open_filesystem(config.storage)
-    filesystem.create_dir(f"{base}/{run_name}", recursive=True)
-    with filesystem.open_output_stream(f"{base}/{run_name}/{name}") as stream:
-        stream.write(json.dumps(content, indent=1).encode())
-
-
-def with_credentials(stored: str, storage: str) -> str:
-    """A path that was written to a file by ``redact_text``, with the credentials that are in ``storage``, if any."""
-    shown = redact_text(storage).partition("?")[0].rstrip("/")
-    base = stored.partition("?")[0]
-    if "://" not in storage or not base.startswith(f"{shown}/"):
-        return stored
-    return join_path(storage, base.removeprefix(f"{shown}/"))
-
-
-def find_checkpoint(config: Config, named: str) -> str:
-    """A checkpoint's path: ``named`` is a run's name (its last checkpoint) or the path or URI of a checkpoint.
-
-    Raises ConfigError where there is neither.
-    """
-    filesystem, base = open_filesystem(config.storage)
-    result_path = f"{base}/{named}/{RESULT_FILE}"
-    if "://" not in named and filesystem.get_file_info(result_path).is_file:
-        with filesystem.open_input_stream(result_path) as stream:
-            return with_credentials(json.loads(stream.read())["checkpoint"], config.storage)
-    filesystem, path = open_filesystem(named)
-    if not filesystem.get_file_info(f"{path}/{STATE_FILE}").is_file:
-        raise ConfigError(
-            f"'{named}' is neither a finished run in {config.storage} nor a checkpoint folder (with {STATE_FILE})"
-        )
-    return named if "://" in named else path
 
 
 def evaluate(config: Config, checkpoint: str, run_name: str, say: Say) -> TrainingResult:

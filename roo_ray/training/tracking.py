@@ -28,10 +28,12 @@ from roo_ray.config import Tracking
 from roo_ray.errors import ClusterError, ConfigError
 from roo_ray.redact import redact, redact_text
 from roo_ray.source_config import home
-from roo_ray.training.outbox import Entry, Outbox
+from roo_ray.training.outbox import Outbox
+from roo_ray.training.spool import Entry
 
 EXPERIMENT_KIND = "mlflow.experimentKind"  # its pages are for models, not for chats
 RUN_KEY_TAG = "roo_ray.run"
+TRAINED_TAG = "data_digest"  # the first thing that a training tags its run with
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # its notes on creating tables
 MAX_PARAM_LENGTH = 6000
 SERVER_TIMEOUT_S = 10.0
@@ -61,18 +63,27 @@ def tracking_uri(settings: Tracking, nodes: int) -> str:
 
 @dataclass(frozen=True)
 class RunHandle:
-    """Names an MLflow run for another process. ``uri`` None: tracking is off."""
+    """Names an MLflow run for another process. ``uri`` None: tracking is off. ``started``: seconds since the epoch."""
 
     uri: str | None
     run_id: str = ""
     experiment_id: str = ""
+    started: float = 0.0
 
 
 def open_run(
-    settings: Tracking, job: str, run_name: str, nodes: int, *, reopen: bool = False, parent: RunHandle | None = None
+    settings: Tracking,
+    job: str,
+    run_name: str,
+    nodes: int,
+    *,
+    reopen: bool = False,
+    begun: bool = True,
+    parent: RunHandle | None = None,
 ) -> RunHandle:
-    """Makes the run of a job; with ``reopen``, goes on with the run of this job and name where there is one. MLflow
-    shows it under ``parent``.
+    """Makes the run of a job; with ``reopen``, goes on with the newest run of this job and name where there is one.
+    ``begun`` False: the job's storage has nothing of such a run; one that has trained (``TRAINED_TAG``) was of what has
+    been removed since, is left as it is, and a new one is made. MLflow shows it under ``parent``.
 
     Raises ConfigError where the store cannot be reached.
     """
@@ -98,16 +109,30 @@ def open_run(
             experiment_id = experiment.experiment_id
         named = f"tags.`{RUN_KEY_TAG}` = '{key}'"
         found = client.search_runs([experiment_id], named, max_results=1) if reopen else []
-        if found:
-            run_id = found[0].info.run_id
-            client.update_run(run_id, status="RUNNING")
+        if found and (begun or TRAINED_TAG not in found[0].data.tags):
+            info = found[0].info
+            client.update_run(info.run_id, status="RUNNING")
         else:
             tags = {RUN_KEY_TAG: key, "roo_ray.job": job} | software()
             tags |= {"mlflow.parentRunId": parent.run_id} if parent is not None else {}
-            run_id = client.create_run(experiment_id, run_name=run_name, tags=tags).info.run_id
+            info = client.create_run(experiment_id, run_name=run_name, tags=tags).info
     except MlflowException as error:
         raise ConfigError(redact_text(f"MLflow store {uri}: {error}")) from None
-    return RunHandle(uri, run_id, experiment_id)
+    return RunHandle(uri, info.run_id, experiment_id, info.start_time / 1000)
+
+
+def find_run(settings: Tracking, run_id: str) -> RunHandle:
+    """The run of that id. Raises ConfigError where the store cannot be reached or does not have it."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    uri = tracking_uri(settings, 1)
+    _require_server(uri)
+    try:
+        info = MlflowClient(uri).get_run(run_id).info
+    except MlflowException as error:
+        raise ConfigError(redact_text(f"MLflow store {uri}: {error}")) from None
+    return RunHandle(uri, run_id, info.experiment_id, info.start_time / 1000)
 
 
 def _require_server(uri: str) -> None:
@@ -173,7 +198,7 @@ class RunLogger:
     """
 
     def __init__(self, handle: RunHandle, say: Callable[[str], None] | None = None, end_wait: float = 30.0) -> None:
-        self._handle = handle
+        self.run = handle
 
         def show(line: str) -> None:
             (say or partial(print, file=sys.stderr, flush=True))(redact_text(line))
@@ -193,24 +218,26 @@ class RunLogger:
         from mlflow.entities import Param
 
         client = self._outbox.sender.client
-        known = client.get_run(self._handle.run_id).data.params
+        known = client.get_run(self.run.run_id).data.params
         flat = {name: value[:MAX_PARAM_LENGTH] for name, value in flatten(redact(content)).items()}
         new = [Param(name, value) for name, value in flat.items() if name not in known]
         for start in range(0, len(new), 100):
-            client.log_batch(self._handle.run_id, params=new[start : start + 100])
+            client.log_batch(self.run.run_id, params=new[start : start + 100])
         return {name: (known[name], value) for name, value in flat.items() if known.get(name, value) != value}
 
     def tags(self, content: Mapping[str, Any]) -> None:
         """Sets tags."""
         self._put({"kind": "tags", "tags": {key: redact_text(str(value)) for key, value in content.items()}})
 
-    def metrics(self, values: Mapping[str, float | None], step: int = 0) -> None:
-        """Logs finite values at a step; returns at once."""
+    def metrics(self, values: Mapping[str, float | None], step: int = 0, *, again: bool = False) -> None:
+        """Logs finite values at a step; returns at once. ``again``: also where the run has another value of that step,
+        which MLflow keeps beside this one, the one that counts."""
         now = int(time.time() * 1000)
         entries: list[Entry] = [
             {"kind": "metric", "name": name, "value": float(value), "time": now, "step": step}
+            | ({"again": True} if again else {})
             for name, value in values.items()
-            if value is not None and math.isfinite(value) and step > self._last_step.get(name, -1)
+            if value is not None and math.isfinite(value) and (again or step > self._last_step.get(name, -1))
         ]
         for entry in entries:
             self._last_step[entry["name"]] = step
@@ -225,12 +252,15 @@ class RunLogger:
         self.text(json.dumps(content, indent=1, default=str), path)
 
     def folder(self, local: str | Path, path: str) -> None:
-        """Stores a folder's files as artifacts; they must stay until ``flush``."""
-        self._put({"kind": "folder", "local": str(local), "path": path})
+        """Stores a folder's files as artifacts. A copy waits to be sent, and the folder may go at once; where the disk
+        does not take a copy, this waits as ``flush`` does. Raises FileNotFoundError where there is no such folder."""
+        if self._outbox is not None and not self._outbox.put_folder(Path(local), path):
+            self.flush()
 
     def _put(self, *entries: Entry) -> None:
-        if self._outbox is not None and entries:
-            self._outbox.put(list(entries))
+        outbox = self._outbox  # another thread may close it
+        if outbox is not None and entries:
+            outbox.put(list(entries))
 
     def flush(self, seconds: float | None = None) -> bool:
         """Waits until all is stored, at most ``end_wait`` seconds (or so many); whether it is."""
@@ -254,7 +284,7 @@ class RunLogger:
         left = outbox.close(self._end_wait)
         if left is not None:
             self._say(
-                f"MLflow did not take all of run {self._handle.run_id}; the rest is in {left}. When the server is "
+                f"MLflow did not take all of run {self.run.run_id}; the rest is in {left}. When the server is "
                 f"back: python jobs/replay_tracking.py {left}"
             )
 

@@ -328,6 +328,7 @@ class Worker:
                 f"{'; '.join(changed)}; restore this, or choose another run_name"
             )
         self.epochs_done, self.steps_done, self.skipped = state.epoch, state.step, state.skipped
+        self.clock.go_on(state.seconds, within=state.position is not None)
         if "lifetime" in run:
             self.lifetime.load_state_tensor(run["lifetime"])
         if f"rng_{self.rank}" in run:
@@ -355,6 +356,7 @@ class Worker:
             trained=self.counts.over_ranks(self.device),
             metrics=checkpoint.finite(metrics),
             skipped=self.skipped,
+            seconds=self.clock.passed if position is not None else self.clock.reached(),
         )
         name = name_of(self.epochs_done, self.steps_done)
         begin = time.perf_counter()

@@ -19,7 +19,7 @@ from roo_ray.errors import EXIT_OK
 from roo_ray.requests.manifest import Manifest, load_manifest
 from roo_ray.sources.hashing import hash_rows
 from roo_ray.training.checkpoint import read_state
-from roo_ray.training.launch import find_checkpoint
+from roo_ray.training.folder import find_checkpoint
 from tests.cluster.test_three_nodes import finish, start
 from tests.jobs.small import cli_overrides, small_config
 

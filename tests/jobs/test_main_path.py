@@ -12,7 +12,8 @@ from roo_ray.config import Config, load_config
 from roo_ray.errors import ConfigError, DataError, Stopped
 from roo_ray.requests.manifest import Manifest, load_manifest
 from roo_ray.training.checkpoint import read_state
-from roo_ray.training.launch import TrainingResult, evaluate, find_checkpoint, train
+from roo_ray.training.folder import find_checkpoint
+from roo_ray.training.launch import TrainingResult, evaluate, train
 from roo_ray.training.prepare import prepare
 from tests.jobs.faults import Faults
 from tests.jobs.small import ROOT, small_config

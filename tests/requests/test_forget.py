@@ -34,7 +34,8 @@ from roo_ray.requests.scan import find_users
 from roo_ray.requests.users import read_users
 from roo_ray.requests.versions import named_files, only_writer
 from roo_ray.training.checkpoint import STATE_FILE, RunState
-from roo_ray.training.launch import PLAN_FILE, order_of_data, refuse_another_run, save_json
+from roo_ray.training.folder import PLAN_FILE, refuse_another_run, save_json
+from roo_ray.training.launch import order_of_data
 from tests.requests.data_sets import files_below, publish, read_all
 from tests.requests.tables import Row, canonical, impression_row, request_row, small_schema, table_of
 

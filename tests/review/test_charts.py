@@ -76,6 +76,17 @@ def test_all_pictures(curves: dict[str, Any], tmp_path: Path, monkeypatch: pytes
         assert any("(" in label for label in axes), f"{name} has no unit on its axes: {axes}"
 
 
+def test_a_day_that_was_refused_is_on_the_chart(tmp_path: Path) -> None:
+    days = ["2024-01-01", "2024-01-02"]
+    ne = {"new model": [0.9, 1.4], "published model": [None, 0.91]}
+    for name, refused in (("all.png", None), ("refused.png", days[1])):
+        charts.by_day(tmp_path / name, "click", days, ne, refused)
+    every, marked = ((tmp_path / name).read_bytes() for name in ("all.png", "refused.png"))
+    assert every.startswith(b"\x89PNG")
+    assert every != marked  # the day is marked
+    charts.by_day(tmp_path / "first.png", "click", days[:1], {"new model": [0.9], "published model": [None]})
+
+
 def test_pictures_of_nothing_do_not_fail(tmp_path: Path) -> None:
     table = {"mean_prediction": [0.1], "mean_label": [0.0], "impressions": [4.0]}
     charts.calibration(tmp_path / "calibration.png", "click", table)

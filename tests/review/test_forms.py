@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from roo_ray.review.forms import FormsCompared, Trained, _figures, comparison_pictures, comparison_rows
+from roo_ray.errors import RooError
+from roo_ray.review.forms import (
+    FormsCompared,
+    Trained,
+    _figures,
+    comparison_pictures,
+    comparison_rows,
+    out_of_data,
+    require_all,
+)
 from roo_ray.review.history import Point
 from roo_ray.training.launch import TrainingResult
 from roo_ray.training.tracking import RunHandle
@@ -44,3 +53,18 @@ def test_figures_table_and_pictures(tmp_path: Path) -> None:
         "ne_over_time.png",
         "samples_over_time.png",
     }
+
+
+def test_a_form_that_ran_out_of_data_is_named() -> None:
+    every = {"request": 1000.0, "impression": 1000.0}
+    assert out_of_data(every, {"request": 900.0, "impression": 100.0}) == []
+    assert out_of_data(every, {"request": 1000.0, "impression": 100.0}) == ["request"]
+    assert out_of_data(every, every) == ["request", "impression"]
+
+
+def test_points_that_have_not_arrived_are_not_compared() -> None:
+    require_all("r", 200.0, [100.0, 100.0], 100.0)
+    require_all("r", 210.0, [100.0, 100.0], 100.0)  # batches that were left out are in the windows
+    for samples, epochs in ((150.0, [100.0, 100.0]), (0.0, []), (100.0, [90.0])):
+        with pytest.raises(RooError, match=r"nothing can be compared.*replay_tracking"):
+            require_all("r", samples, epochs, 100.0)

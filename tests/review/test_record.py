@@ -7,11 +7,16 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from roo_ray.config import Config, Tracking
+from roo_ray.config import Config, Serving, Tracking
+from roo_ray.errors import ConfigError, DataError
 from roo_ray.metrics.collection import RankingMetrics
 from roo_ray.metrics.curves import CURVES_FILE, curves_of
+from roo_ray.review.again import review_again
 from roo_ray.review.history import baseline_run, cumulative, step_milliseconds
 from roo_ray.review.record import review_training
+from roo_ray.serving.publish import MODEL_OF_TAG, register_model
+from roo_ray.training.folder import RESULT_FILE, save_json
+from roo_ray.training.outbox import Outbox
 from roo_ray.training.tracking import RunHandle, RunLogger, open_run
 from tests.ingest.shard_maker import schema
 from tests.metrics.reference import random_batch
@@ -70,6 +75,7 @@ def test_a_run_is_completed(config: Config, folder: Path) -> None:
     assert (data.dataset.name, data.dataset.digest) == ("data v1", trained.manifest.digest()[:8])
     assert data.tags[0].value == "train"
     assert client.get_model_version("recorded", "1").run_id == run.run_id
+    assert found.data.tags[MODEL_OF_TAG] == trained.checkpoint
     assert baseline_run(client, found) == ("impression-level (baseline)", other.run_id)
     points = cumulative(client, run.run_id, "click")
     assert [(p.step, p.impressions, p.seconds) for p in points] == [(10, 100, 2), (20, 200, 4), (30, 300, 6)]
@@ -79,6 +85,57 @@ def test_a_run_is_completed(config: Config, folder: Path) -> None:
     for name, value in (("forward", 3.0), ("total", 9.0), ("forward", 5.0)):  # as training.timing names them
         client.log_metric(run.run_id, f"step/{name}_ms", value, step=int(value))
     assert step_milliseconds(client, client.get_run(run.run_id)) == {"forward": 4.0}
+
+
+def test_a_model_is_registered_when_it_may_be_and_once(config: Config, folder: Path) -> None:
+    """Not with the training of a day that may be refused; not again by a job that is started again."""
+    trained = Trained(folder / "days")
+    config = config.model_copy(update={"requests": trained.data, "serving": Serving(register_as="daily")})
+    run = open_run(config.tracking, "train", "day", 1)
+    client = MlflowClient(config.tracking.uri)
+    for _ in range(2):
+        review_training(config, trained.manifest, trained.checkpoint, run, lambda line: None, register=False)
+    assert client.search_model_versions("name = 'daily'") == []
+    tags = client.get_run(run.run_id).data.tags
+    assert register_model(config, trained.checkpoint, run) == "1"
+    assert register_model(config, trained.checkpoint, run) == "1"
+    assert client.get_run(run.run_id).data.tags == tags  # the model that was logged first
+    [version] = client.search_model_versions("name = 'daily'")
+    assert version.run_id == run.run_id
+    with pytest.raises(DataError, match="has no model of"):
+        register_model(config, trained.checkpoint + "-next", run)
+
+
+def test_a_run_whose_server_was_away_is_completed_later(
+    config: Config, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = Trained(folder / "later")
+    config = config.model_copy(update={"requests": trained.data, "storage": str(folder / "later"), "run_name": "late"})
+    run = logged_run(config, "late", "request")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    said: list[str] = []
+    away = RunHandle("http://127.0.0.1:9", run.run_id, run.experiment_id)
+    assert not review_training(config, trained.manifest, trained.checkpoint, away, said.append)
+    assert len(said) == 2
+    assert "python jobs/review.py --config CONFIG run_name=late" in said[1]
+    left = Outbox("http://127.0.0.1:9", run.run_id, said.append)
+    left.put([{"kind": "tags", "tags": {"came": "late"}}])
+    waits = left.close(0.1)
+    assert waits is not None
+    waits.write_text(waits.read_text().replace("http://127.0.0.1:9", str(run.uri)))
+
+    with pytest.raises(ConfigError, match="'late' is no finished run"):
+        review_again(config, "late", said.append)
+    save_json(config, "late", RESULT_FILE, {"checkpoint": trained.checkpoint, "mlflow_run_id": run.run_id})
+    for _ in range(2):
+        assert review_again(config, "late", said.append).run_id == run.run_id
+    client = MlflowClient(run.uri)
+    assert "review" in {item.path for item in client.list_artifacts(run.run_id)}
+    completed = client.get_run(run.run_id)
+    assert completed.data.tags["came"] == "late"
+    assert completed.inputs.dataset_inputs
+    assert len([one for one in client.search_model_versions("name = 'recorded'") if one.run_id == run.run_id]) == 1
+    assert not waits.exists()
 
 
 def test_what_cannot_be_made_is_said_and_not_raised(config: Config, folder: Path) -> None:

@@ -46,6 +46,31 @@ def test_it_ends_at_the_step_that_ends_nearest_to_the_limit(at: Clock) -> None:
     assert not endless.is_over()
 
 
+def test_the_limit_is_that_of_the_whole_run(at: Clock) -> None:
+    """A run that goes on takes up its time; within a pass one step ends it, between two it has ended."""
+    first = TrainingClock(10.0)
+    first.begin()
+    for at.now in (102.0, 104.0):
+        first.lanes(STEP)
+    assert (first.passed, first.reached()) == (4.0, 4.0)
+    again = TrainingClock(10.0)
+    again.go_on(first.passed, within=True)
+    again.begin()
+    asked = []
+    for at.now in (106.0, 108.0):
+        asked.append(again.lanes(STEP))
+    assert asked == [3, 0]
+    assert again.reached() == 10.0  # though 8 have passed: it has ended by its time
+    over = TrainingClock(10.0)
+    over.go_on(again.reached(), within=False)
+    assert over.is_over()
+    over.go_on(again.reached(), within=True)
+    assert not over.is_over()
+    more = TrainingClock(20.0)
+    more.go_on(again.reached(), within=False)
+    assert not more.is_over()
+
+
 def test_the_time_between_passes_is_not_counted(at: Clock) -> None:
     limited = TrainingClock(10.0)
     for start in (100.0, 500.0):

@@ -11,7 +11,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from roo_ray.config import Tracking
-from roo_ray.training.outbox import Outbox, replay, spool_folder
+from roo_ray.training.outbox import Outbox
+from roo_ray.training.spool import Replayed, replay, spool_folder
 from roo_ray.training.tracking import RunHandle, RunLogger, open_run
 from tests.mlflow_server import Server
 
@@ -68,7 +69,7 @@ def test_what_is_left_at_the_end_or_after_a_kill_stays_in_a_file(tmp_path: Path)
     assert time.perf_counter() - begin < 5
     assert path is not None
     path.write_text(path.read_text().replace(dead, str(store.uri)))
-    assert replay(path) == 101
+    assert replay(path) == Replayed(101, 0)
     assert not path.exists()
     client = MlflowClient(store.uri)
     steps = [point.step for point in client.get_metric_history(run.run_id, "loss")]

@@ -10,7 +10,7 @@ from mlflow.tracking import MlflowClient
 
 from roo_ray.config import Tracking
 from roo_ray.training import system
-from roo_ray.training.tracking import RunHandle, open_run
+from roo_ray.training.tracking import RunHandle, RunLogger, open_run
 
 
 def test_samples_go_on_after_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,13 +23,15 @@ def test_samples_go_on_after_a_restart(tmp_path: Path, monkeypatch: pytest.Monke
 
     for _ in range(2):
         before = len(steps())
-        with system.system_metrics(run):
+        logger = RunLogger(run)
+        with system.system_metrics(logger):
             deadline = time.monotonic() + 60
             while len(steps()) < before + 2 and time.monotonic() < deadline:
-                time.sleep(0.05)
+                time.sleep(0.2)
+                logger.flush()
         assert len(steps()) >= before + 2
     assert steps() == sorted(set(steps()))
     named = client.get_run(run.run_id).data.metrics
     assert {"system/system_memory_usage_megabytes", "system/disk_usage_percentage"} <= named.keys()
-    with system.system_metrics(RunHandle(None)):  # tracking is off
+    with system.system_metrics(RunLogger(RunHandle(None))):  # tracking is off
         pass

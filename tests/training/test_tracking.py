@@ -10,7 +10,15 @@ from mlflow.tracking import MlflowClient
 
 from roo_ray.config import Tracking
 from roo_ray.errors import ClusterError, ConfigError
-from roo_ray.training.tracking import RunHandle, RunLogger, open_run, tracking_uri, where_to_look
+from roo_ray.training.tracking import (
+    TRAINED_TAG,
+    RunHandle,
+    RunLogger,
+    find_run,
+    open_run,
+    tracking_uri,
+    where_to_look,
+)
 
 
 @pytest.fixture
@@ -45,6 +53,26 @@ def test_run_is_written_and_reopened_by_name(store: Tracking, tmp_path: Path) ->
     assert points == pytest.approx({1: 0.5, 2: 0.4, 3: 0.3})
     assert len(client.get_metric_history(first.run_id, "train/loss")) == 3
     assert first.run_id in where_to_look(first)
+
+
+def test_a_run_whose_storage_was_removed_gets_a_new_run(store: Tracking) -> None:
+    """What is trained anew is not hidden behind the old figures; a run that only built its data goes on."""
+    built = open_run(store, "train", "c", nodes=1, reopen=True, begun=False)
+    assert open_run(store, "train", "c", nodes=1, reopen=True, begun=False) == built
+    logger = RunLogger(built)
+    logger.tags({TRAINED_TAG: "d"})
+    logger.metrics({"train/loss": 0.9}, 1)
+    logger.end(True)
+    assert open_run(store, "train", "c", nodes=1, reopen=True) == built
+    anew = open_run(store, "train", "c", nodes=1, reopen=True, begun=False)
+    assert anew.run_id != built.run_id
+    assert open_run(store, "train", "c", nodes=1, reopen=True) == anew
+    logger = RunLogger(anew)
+    logger.metrics({"train/loss": 0.5}, 1)
+    logger.end(True)
+    client = MlflowClient(store.uri)
+    assert [client.get_run(of.run_id).data.metrics["train/loss"] for of in (built, anew)] == [0.9, 0.5]
+    assert find_run(store, anew.run_id) == anew
 
 
 def test_artifacts(store: Tracking) -> None:
