@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -34,12 +37,26 @@ def read_config(options: argparse.Namespace) -> Config:
     return config
 
 
+def end_on_terminate() -> None:
+    """From here on the first SIGTERM raises Stopped in the main thread, so that whatever is open is closed; the next
+    one ends the process at once. Does nothing outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Stopped("SIGTERM; what was underway is not published. Run again to do it")
+
+    signal.signal(signal.SIGTERM, handle)
+
+
 def run_job(main: Callable[[], None]) -> None:
     """Runs a job and exits: 0 done, 2 bad input, 1 another failure that roo_ray names (the message alone), 143 told
     to end by SIGTERM, 1 any other failure (with traceback). Messages, tracebacks and log records are shown without
     credentials."""
     guard_process()
     try:
+        end_on_terminate()
         main()
     except BadInput as error:
         print(f"\nerror: {redact_text(str(error))}", file=sys.stderr, flush=True)

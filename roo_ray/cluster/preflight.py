@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from roo_ray.cluster.findings import Finding, fail, ok, warn
-from roo_ray.cluster.grace import GRACE_VARIABLE
 from roo_ray.cluster.links import Links
 from roo_ray.cluster.places import workers_wanted
 from roo_ray.cluster.probe import DISTRIBUTIONS, NodeFacts
 from roo_ray.config import Config
+from roo_ray.grace import GRACE_VARIABLE
 from roo_ray.terminal import human_bytes
 
 TRIPLES = {  # torch -> (torchrec, fbgemm)

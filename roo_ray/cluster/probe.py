@@ -15,7 +15,7 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from roo_ray.cluster.grace import grace_seconds
+from roo_ray.grace import grace_seconds
 from roo_ray.redact import redact_text
 from roo_ray.storage import join_path, open_filesystem
 from roo_ray.training.tracking import store_problem

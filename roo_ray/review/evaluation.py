@@ -101,6 +101,7 @@ def compare_models(
     differences = {task: paired_bootstrap(of, replicates, config.training.seed) for task, of in rows.items()}
     run = open_run(config.tracking, "compare_models", run_name, session.alive_nodes())
     logger = RunLogger(run)
+    succeeded = False
     try:
         logger.tags({"first": first, "second": second})
         logger.params({"unit": unit, "replicates": replicates, "level": 0.95, "seed": config.training.seed})
@@ -109,8 +110,9 @@ def compare_models(
                 values = {"first": d.first, "second": d.second, "difference": d.difference}
                 values |= {"difference_low": d.low, "difference_high": d.high, "share_better": d.share_better}
                 logger.metrics({f"compare/{task}/{d.metric}_{name}": value for name, value in values.items()})
+        succeeded = True
     finally:
-        logger.end(True)
+        logger.end(succeeded)
     units = max(int(of.unit.max(initial=-1)) + 1 for of in rows.values())
     requests = len(np.unique(tables[0].column("request_key").to_numpy()))
     return Comparison(differences, units, requests, tables[0].num_rows, run)

@@ -19,7 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from roo_ray import session
 from roo_ray.config import Config, WorkerRange
-from roo_ray.errors import ConfigError, Evicted, RooError, Stopped
+from roo_ray.errors import ConfigError, Evicted, RooError
 from roo_ray.ingest.holdout import check_sides
 from roo_ray.ingest.plan import differences, plan_inputs
 from roo_ray.models.check import check_model
@@ -35,7 +35,7 @@ from roo_ray.training.job import WorkerJob
 from roo_ray.training.prepare import data_metrics
 from roo_ray.training.progress import Say, progress_board
 from roo_ray.training.saver import KEEP_SCORE
-from roo_ray.training.signals import on_terminate
+from roo_ray.training.signals import forward_terminate
 from roo_ray.training.tracking import RunHandle, RunLogger, open_run
 
 RESULT_FILE = "roo_ray_result.json"
@@ -187,7 +187,8 @@ def train(
     ``start_from``: a checkpoint whose weights a new run begins with; ``day``: evaluate it on that day's data before;
     ``parent``: the MLflow run that this one is shown under.
     Raises BadInput (data, config, cluster) and TrainingDiverged with one message; the MLflow run is then marked
-    FAILED. Raises Stopped after SIGTERM and a last checkpoint; the MLflow run is then marked KILLED.
+    FAILED. Raises Stopped after SIGTERM, with a last checkpoint where workers ran; the MLflow run is then marked
+    KILLED.
     """
     begin = time.perf_counter()
     config = config.model_copy(update={"run_name": run_name})
@@ -204,7 +205,7 @@ def train(
         f"{manifest.impressions:,} impressions, {workers_of(config)} workers, {config.ingest.lanes} lanes; "
         "starting the workers"
     )
-    succeeded, stopped = False, False
+    succeeded = False
     try:
         changed = logger.params(config.model_dump(mode="json", exclude={"request_schema"}))
         if changed:  # a run's parameters cannot change in MLflow: what a resume has changed stands beside them
@@ -219,7 +220,7 @@ def train(
         save_json(config, run_name, PLAN_FILE, plan)
         with progress_board(say) as board, readable_failures():
             job = replace(make_job(config, manifest, "train", run, board), checkpoint=start_from, day=day)
-            with on_terminate(board.stop.remote):
+            with forward_terminate(board):
                 result = make_trainer(job, run_name).fit()
                 while isinstance(ended := ray.get(board.outcome.remote()), Evicted):
                     say(
@@ -227,7 +228,6 @@ def train(
                     )  # no failure: the run may be evicted any number of times
                     result = make_trainer(job, run_name).fit()
         if ended is not None:
-            stopped = isinstance(ended, Stopped)
             raise ended
         if result.checkpoint is None or result.metrics is None:
             raise ConfigError(f"run '{run_name}' trained nothing: it has no checkpoint and no epochs left")
@@ -248,7 +248,7 @@ def train(
         review_training(config, manifest, path, run, say)
         succeeded = True
     finally:
-        logger.end(succeeded, stopped=stopped)
+        logger.end(succeeded)
     metrics = {name: math.nan if value is None else value for name, value in reported.items()}
     return TrainingResult(run_name, path, metrics, run, time.perf_counter() - begin)
 

@@ -18,9 +18,9 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from roo_ray.cluster.grace import GRACE_VARIABLE
 from roo_ray.cluster.price_files import read_prices
 from roo_ray.config import load_config
+from roo_ray.grace import GRACE_VARIABLE
 from tests.cluster.heads import ROOT
 
 CLUSTER = ROOT / "cluster"

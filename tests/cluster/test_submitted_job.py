@@ -16,8 +16,8 @@ import yaml
 from mlflow.tracking import MlflowClient
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from roo_ray.cluster.grace import GRACE_VARIABLE
 from roo_ray.errors import EXIT_BAD_INPUT
+from roo_ray.grace import GRACE_VARIABLE
 from roo_ray.requests.manifest import manifest_versions
 from roo_ray.training.checkpoint import read_state
 from tests.cluster.heads import ROOT, Head, ray_cli, ray_head, submit

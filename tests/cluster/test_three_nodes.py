@@ -18,8 +18,8 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.state import list_tasks
 
-from roo_ray.cluster.grace import GRACE_VARIABLE
 from roo_ray.errors import EXIT_OK
+from roo_ray.grace import GRACE_VARIABLE
 from tests.cluster.heads import ROOT, free_port
 from tests.jobs.small import cli_overrides
 
