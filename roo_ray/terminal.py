@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -37,17 +38,30 @@ def read_config(options: argparse.Namespace) -> Config:
     return config
 
 
-def end_on_terminate() -> None:
-    """From here on the first SIGTERM raises Stopped in the main thread, so that whatever is open is closed; the next
+@contextmanager
+def stopped_by_terminate() -> Iterator[None]:
+    """The first SIGTERM interrupts the block, so that whatever is open is closed, and then raises Stopped; the next
     one ends the process at once. Does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
+        yield
         return
+    told = False
 
     def handle(number: int, frame: Any) -> None:
+        nonlocal told
+        told = True
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        raise Stopped("SIGTERM; what was underway is not published. Run again to do it")
+        raise KeyboardInterrupt  # any other exception ray.get would print and go on waiting
 
-    signal.signal(signal.SIGTERM, handle)
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if told:
+            raise Stopped("by SIGTERM; what was underway is not published: run the job again") from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_job(main: Callable[[], None]) -> None:
@@ -56,8 +70,8 @@ def run_job(main: Callable[[], None]) -> None:
     credentials."""
     guard_process()
     try:
-        end_on_terminate()
-        main()
+        with stopped_by_terminate():
+            main()
     except BadInput as error:
         print(f"\nerror: {redact_text(str(error))}", file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_INPUT)

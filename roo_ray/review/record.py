@@ -20,7 +20,6 @@ from mlflow.entities import DatasetInput, InputTag
 from mlflow.tracking import MlflowClient
 
 from roo_ray.config import Config
-from roo_ray.errors import Stopped
 from roo_ray.metrics.curves import CURVES_FILE
 from roo_ray.requests.manifest import Manifest
 from roo_ray.review import charts
@@ -97,8 +96,6 @@ def never_fatal(what: str, say: Say) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except Stopped:
-        raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         say(f"{what} could not be logged: {reason}")

@@ -107,6 +107,15 @@ def days_to_train(settings: Incremental, available: list[str], published: Publis
     return [day for day in sorted(settings.days or available) if day > after]
 
 
+def days_passed_over(available: list[str], published: Published | None) -> list[str]:
+    """Days of the data set within those that the series has trained on, on which no model was trained: they came
+    after the days behind them were published."""
+    if published is None:
+        return []
+    done = {one.day for one in published.history}
+    return [day for day in sorted(available) if min(done) < day < max(done) and day not in done]
+
+
 def figures(tasks: list[str], before: dict[str, Any] | None, after: dict[str, float]) -> dict[str, float | None]:
     """``DayResult.metrics`` from what a day's run has measured."""
     metrics: dict[str, float | None] = {}
@@ -155,6 +164,8 @@ def run_days(config: Config, series: str, say: Say) -> tuple[list[DayResult], Pu
     manifest = load_manifest(config.requests, config.requests_version)
     published = read_published(config, series)
     days = days_to_train(settings, list(manifest.days), published)
+    if not settings.days and (passed := days_passed_over(manifest.days, published)):
+        say(f"warning: no model was trained on {', '.join(passed)}, which came after later days were published")
     if not days:
         at = published.last.day if published else "no day"
         say(f"nothing to do: the model of {at} is published, and version {manifest.version} has no day after it")

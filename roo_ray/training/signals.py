@@ -81,7 +81,7 @@ class _Forward:
     def handle(self, number: int, frame: Any) -> None:
         """The first SIGTERM is handed on to the workers; the next one does what it did before."""
         if self.gave_up is not None:
-            raise Stopped(self.gave_up)
+            raise KeyboardInterrupt  # any other exception ray.get would print and go on waiting
         if not self._began:
             self._began = True
             threading.Thread(target=self._hand_on, name="roo-ray-stop", daemon=True).start()
@@ -105,7 +105,7 @@ class _Forward:
             self._give_up(why)
 
     def _give_up(self, why: str) -> None:
-        """Ends Ray Train's run as Ctrl-C does, and raises Stopped in the main thread, which waits for the run."""
+        """Ends Ray Train's run as Ctrl-C does, and interrupts the main thread, which waits for it."""
         self.gave_up = f"{why}; the same run_name goes on from the last checkpoint"
         abort = signal.getsignal(signal.SIGINT)
         if callable(abort) and abort is not signal.default_int_handler:

@@ -259,9 +259,9 @@ class RunLogger:
             )
 
     def end(self, succeeded: bool) -> None:
-        """Closes the run as FINISHED or FAILED, or, where it is called because of Stopped, as KILLED, and waits for
-        it as ``close`` does."""
-        stopped = isinstance(sys.exc_info()[1], Stopped)
+        """Closes the run as FINISHED or FAILED, or as KILLED where it is called because of Stopped or an interrupt, and
+        waits for it as ``close`` does."""
+        stopped = isinstance(sys.exc_info()[1], (Stopped, KeyboardInterrupt))
         status = "FINISHED" if succeeded else "KILLED" if stopped else "FAILED"
         self._put({"kind": "status", "status": status})
         self.close()

@@ -28,12 +28,20 @@ def board(local_ray: None) -> Iterator[Any]:
 @contextmanager
 def a_run_without_end() -> Iterator[Any]:
     """What the driver waits for: a task for which there is no node."""
-    task = ray.remote(num_cpus=0, resources={"nobody": 1}, max_retries=0)(time.time)
+    task = ray.remote(num_cpus=0, resources={"nobody": 1}, max_retries=0)(lambda: None)
     run = task.remote()
     try:
         yield run
     finally:
         ray.cancel(run)
+
+
+def terminate(times: int = 1, run: Any = None) -> None:
+    """Sends this process SIGTERM; then waits for the run, if any."""
+    for _ in range(times):
+        os.kill(os.getpid(), signal.SIGTERM)
+    if run is not None:
+        ray.get(run)
 
 
 @contextmanager
@@ -51,7 +59,7 @@ def test_workers_that_run_are_waited_for(board: Any) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with workers(board) as watch, forward_terminate(board, silence_s=2.0):
         assert not watch.stop.wait(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
+        terminate()
         assert watch.stop.wait(20)
         time.sleep(3)  # a checkpoint that takes longer than the silence
     assert signal.getsignal(signal.SIGTERM) is before
@@ -64,8 +72,7 @@ def test_without_workers_the_driver_ends_by_itself(board: Any) -> None:
         pytest.raises(Stopped, match="no worker runs"),
         forward_terminate(board, silence_s=1.0),
     ):
-        os.kill(os.getpid(), signal.SIGTERM)
-        ray.get(run)
+        terminate(run=run)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -80,8 +87,7 @@ def test_workers_that_take_no_step_are_not_waited_for_until_sigkill(
         pytest.raises(Stopped, match="took no step for 2 s"),
         forward_terminate(board, silence_s=30.0),
     ):
-        os.kill(os.getpid(), signal.SIGTERM)
-        ray.get(run)
+        terminate(run=run)
 
 
 def test_a_second_signal_does_what_it_did_before(board: Any) -> None:
@@ -94,8 +100,7 @@ def test_a_second_signal_does_what_it_did_before(board: Any) -> None:
     before = signal.signal(signal.SIGTERM, handle)
     try:
         with pytest.raises(Asked), forward_terminate(board, silence_s=60.0):
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
+            terminate(2)
         assert signal.getsignal(signal.SIGTERM) is handle
     finally:
         signal.signal(signal.SIGTERM, before)
