@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ from mlflow.tracking import MlflowClient
 
 from roo_ray.config import Config
 from roo_ray.errors import Stopped
-from roo_ray.training import signals
+from roo_ray.training import launch
 from roo_ray.training.checkpoint import read_state
 from roo_ray.training.launch import train
 from roo_ray.training.prepare import prepare
+from roo_ray.training.signals import forward_terminate
 from tests.jobs.small import small_config
 from tests.jobs.test_main_path import quiet
 
@@ -32,7 +34,7 @@ def statuses(config: Config, run_name: str) -> list[str]:
 
 def test_without_a_node_for_the_workers(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray Train would wait for one for ever, and the MLflow run stay RUNNING after SIGKILL."""
-    monkeypatch.setattr(signals.forward_terminate.__wrapped__, "__defaults__", (3.0,))  # seconds of silence
+    monkeypatch.setattr(launch, "forward_terminate", partial(forward_terminate, silence_s=3.0))
     config = small_config(tmp_path, *ONE, "source.requests=60", "ray.worker_labels={role: nobody}")
     prepare(config, "build", quiet)
 
