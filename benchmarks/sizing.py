@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs as pafs
+
 from roo_ray import session  # before ray
 from roo_ray.cluster.links import measure_links
 from roo_ray.cluster.sizing import (
@@ -89,7 +91,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a third of the data")
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file")
     parser.add_argument("--check", action="store_true", help="exit with 1 where the aim is missed")
-    parser.add_argument("--costs", metavar="FILE", help="write the measured unit costs to a file")
+    parser.add_argument("--costs", metavar="FILE", help="write the measured unit costs to a path or URI")
     parser.add_argument("--config", metavar="FILE", help="measure this config's model, on its data set")
     parser.add_argument("--workers", default="1,2,3", help="of the runs that are checked (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=60.0, help="of a run's training, with --config")
@@ -110,7 +112,8 @@ def main() -> None:
     finally:
         if options.config:
             filesystem, inner = open_filesystem(folder)
-            filesystem.delete_dir_contents(inner, missing_dir_ok=True)
+            if filesystem.get_file_info(inner).type == pafs.FileType.Directory:
+                filesystem.delete_dir(inner)
         else:
             shutil.rmtree(folder)
     names = ("step_s", "steps", "seconds") if subject.whole else ("step_s",)
@@ -121,7 +124,9 @@ def main() -> None:
     print("mean errors: " + ", ".join(f"{name} {error:.1%}" for name, error in errors.items()))
     print(f"largest error of a step time: {largest:.1%}")
     if options.costs:
-        Path(options.costs).write_text(json.dumps(costs.model_dump(), indent=1))
+        filesystem, inner = open_filesystem(options.costs)
+        with filesystem.open_output_stream(inner) as stream:
+            stream.write(json.dumps(costs.model_dump(), indent=1).encode())
     aims = {name: aim for name, aim in (("step_s", AIM), ("steps", STEPS_AIM)) if name in errors}
     if options.json:
         content = {"figures": figures, "mean_errors": errors, "aims": aims, "costs": costs.model_dump()}
