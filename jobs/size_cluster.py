@@ -8,8 +8,26 @@ of workers fits into memory and the deadline.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from roo_ray.errors import ConfigError
 from roo_ray.terminal import human_bytes, job_parser, print_table, read_config, run_job
+
+if TYPE_CHECKING:
+    from roo_ray.cluster.sizing import UnitCosts
+
+
+def how_good(costs: UnitCosts) -> str:
+    """What is known of the error of a prediction by these costs."""
+    if costs.step_error is None or costs.largest_step_error is None:
+        error = "how well these costs predict was not measured (benchmarks/sizing.py --costs does)"
+    else:
+        error = (
+            f"where the costs were measured, step times were {costs.step_error:.0%} off in the mean and "
+            f"{costs.largest_step_error:.0%} at most; time and cost are as uncertain"
+        )
+    counted = "" if costs.activation_bytes_per_megaflop else "; memory without activations, which were not measured"
+    return f"{error}{counted}"
 
 
 def main() -> None:
@@ -36,25 +54,34 @@ def main() -> None:
         raise ConfigError(f"--workers {options.workers}: none from 1 to ingest.lanes {config.ingest.lanes}")
     costs, prices = read_costs(options.costs), read_prices(options.prices)
     shape = shape_of(config, load_manifest(config.requests, config.requests_version))
-    predictions = [predict(shape, count, costs, prices, saves=shape.epochs) for count in counts]
+    if costs.gpu != config.training.gpu:
+        kinds = ("on GPUs", "without") if costs.gpu else ("without GPUs", "on some")
+        raise ConfigError(f"{options.costs} was measured {kinds[0]}, and training.gpu says that the run is {kinds[1]}")
+    predictions = [predict(shape, count, costs, prices) for count in counts]
     best = cheapest(predictions, deadline)
     print_table(
         f"'{config.name}': {shape.epochs} epochs of {shape.steps:,} steps, {shape.requests:,.0f} requests each",
-        ["workers", "step", "memory/worker", "data CPUs", "all-to-all/rank/step", "checkpoint", "time", "cost", ""],
+        [
+            *("workers", "step", "memory/worker", "data CPUs", "data nodes", "nodes/trainer", "all-to-all/rank/step"),
+            *("checkpoints", "time", "cost", ""),
+        ],
         [
             [
                 str(p.workers),
                 f"{p.step_s * 1e3:.1f} ms",
                 human_bytes(p.memory),
                 str(p.data_cpus),
+                str(p.data_nodes),
+                f"{p.data_cpus / prices.data_node_cpus / p.workers:.2f}",
                 human_bytes(p.exchange_bytes),
-                human_bytes(p.checkpoint_bytes),
+                f"{p.checkpoints} x {human_bytes(p.checkpoint_bytes)}",
                 f"{p.seconds / 3600:.2f} h",
                 f"{p.cost:.2f}",
                 "cheapest" if p is best else "" if p.fits else "too little memory",
             ]
             for p in predictions
         ],
+        how_good(costs),
     )
     if best is None:
         raise ConfigError("no number of workers fits into memory and the deadline; allow more workers or more time")

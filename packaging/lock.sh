@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Writes the lock files of the images: every distribution pinned, with the hashes of its files.
-#   pip install uv && bash packaging/lock.sh
+#   pip install uv && bash packaging/lock.sh            what is pinned stays, where it fits; UPGRADE=1 takes the newest
 # For cluster/requirements-cpu.txt uv must find PyTorch's CPU wheels first (UV_INDEX=... or UV_FIND_LINKS=...).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -11,6 +11,7 @@ echo "fbgemm-gpu @ file://$PWD/packaging/fbgemm-gpu-stub" > "$out/stub.txt"
 
 lock() {  # NAME, the command line's further arguments of uv
   local name="$1"; shift
+  [[ -n "${UPGRADE:-}" ]] || cp "cluster/requirements-$name.txt" "$out/$name.txt"
   $UV pip compile --quiet --python-version 3.11 --generate-hashes --no-header --no-annotate "$@" -o "$out/$name.txt"
   {
     echo "# Made by packaging/lock.sh for Python 3.11 on x86-64 Linux; install with --no-deps --require-hashes."

@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -76,6 +78,7 @@ def connect(
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     say(f"joining the Ray cluster at {address}" if address else "starting Ray on this machine")
+    terminates = signal.getsignal(signal.SIGTERM)
     if address:
         try:
             ray.init(address=address, **options)
@@ -97,6 +100,8 @@ def connect(
             object_store_memory=settings.object_store_bytes,
             **options,
         )
+    if callable(terminates) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminates)  # Ray has put its own there, which exits with 15
     quiet_data_context()
     place_data(Placing.of(settings))
     try:

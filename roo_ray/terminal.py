@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -34,13 +38,40 @@ def read_config(options: argparse.Namespace) -> Config:
     return config
 
 
+@contextmanager
+def stopped_by_terminate() -> Iterator[None]:
+    """The first SIGTERM interrupts the block, so that whatever is open is closed, and then raises Stopped; the next
+    one ends the process at once. Does nothing outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    told = False
+
+    def handle(number: int, frame: Any) -> None:
+        nonlocal told
+        told = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise KeyboardInterrupt  # any other exception ray.get would print and go on waiting
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if told:
+            raise Stopped("by SIGTERM; what was underway is not published: run the job again") from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run_job(main: Callable[[], None]) -> None:
     """Runs a job and exits: 0 done, 2 bad input, 1 another failure that roo_ray names (the message alone), 143 told
     to end by SIGTERM, 1 any other failure (with traceback). Messages, tracebacks and log records are shown without
     credentials."""
     guard_process()
     try:
-        main()
+        with stopped_by_terminate():
+            main()
     except BadInput as error:
         print(f"\nerror: {redact_text(str(error))}", file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_INPUT)

@@ -110,13 +110,13 @@ def links_of(times: Sequence[tuple[float, float, float]], gpu: bool, nodes: int,
     )
 
 
-def measure_links(config: Config, size: int = 16_000_000) -> Links:
-    """Starts the run's ranks as a run would, and measures with ``size`` bytes a rank.
+def measure_links(config: Config, size: int = 16_000_000, workers: int | None = None) -> Links:
+    """Starts the run's ranks as a run would (an elastic one's ``workers``), and measures with ``size`` bytes a rank.
 
     Raises ClusterError where the places are not free, or the ranks do not find each other.
     """
     training, settings = config.training, config.ray
-    world = workers_wanted(config)
+    world = workers or workers_wanted(config)
     bundle = trainer_resources(config)
     labels = [settings.worker_labels] * world if settings.worker_labels else None
     group = placement_group([bundle] * world, bundle_label_selector=labels)

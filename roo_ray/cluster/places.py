@@ -13,6 +13,12 @@ def workers_wanted(config: Config) -> int:
     return int(workers if isinstance(workers, int) else workers.max)
 
 
+def workers_least(config: Config) -> int:
+    """Trainers without which a run does not begin; of an elastic one, the fewest that it takes."""
+    workers: Any = config.training.workers
+    return int(workers if isinstance(workers, int) else workers.min)
+
+
 def trainer_resources(config: Config) -> dict[str, float]:
     """What a trainer takes of its node."""
     gpu = {"GPU": 1.0} if config.training.gpu else {}

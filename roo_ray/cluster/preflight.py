@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from roo_ray.cluster.findings import Finding, fail, ok, warn
-from roo_ray.cluster.grace import GRACE_VARIABLE
 from roo_ray.cluster.links import Links
-from roo_ray.cluster.places import workers_wanted
+from roo_ray.cluster.places import trainer_resources, workers_least, workers_wanted
 from roo_ray.cluster.probe import DISTRIBUTIONS, NodeFacts
 from roo_ray.config import Config
+from roo_ray.grace import GRACE_VARIABLE
 from roo_ray.terminal import human_bytes
 
 TRIPLES = {  # torch -> (torchrec, fbgemm)
@@ -17,20 +18,32 @@ TRIPLES = {  # torch -> (torchrec, fbgemm)
     "2.12": ("1.7", "1.7"),
     "2.13": ("1.8", "1.8"),
 }
+LEAST_DRIVER = {"11": 450, "12": 525, "13": 580}  # CUDA of the torch build -> major version of NVIDIA's driver
 LEAST_GRACE_S = 30.0
 LEAST_OBJECT_STORE = 300_000_000
 LEAST_DISK = 10_000_000_000
 LEAST_BANDWIDTH = 100_000_000  # bytes per second; below it a step waits for the network
 
 
-def check_silent(silent: Sequence[str]) -> list[Finding]:
-    """Nodes that did not answer."""
+def check_nodes(nodes: Sequence[NodeFacts], silent: Sequence[str]) -> list[Finding]:
+    """Nodes that did not answer, and whether the head, of which a run's end depends, is among those that did."""
     todo = "run the same image on every node, with roo_ray's dependencies in it (ray status, the node's logs)"
-    return [fail("nodes", f"{name} does not answer", todo) for name in silent]
+    findings = [fail("nodes", f"{name} does not answer", todo) for name in silent]
+    if not nodes:
+        findings.append(fail("nodes", "no node answers", todo))
+    elif not any(node.is_head for node in nodes):
+        findings.append(fail("nodes", f"the head is not among the {len(nodes)} nodes that answer", todo))
+    return findings or [ok("nodes", f"{len(nodes)} nodes answer, the head among them")]
+
+
+def _nobody(check: str) -> Finding:
+    return fail(check, "no node answers", "see nodes")
 
 
 def check_versions(nodes: Sequence[NodeFacts]) -> list[Finding]:
     """Equal on all nodes; torch, torchrec and fbgemm of one release."""
+    if not nodes:
+        return [_nobody("versions")]
     findings = []
     for name in ("python", *DISTRIBUTIONS):
         # CPU and GPU builds of one release differ in name or local part alone
@@ -66,8 +79,22 @@ def check_versions(nodes: Sequence[NodeFacts]) -> list[Finding]:
     return [ok("versions", f"equal on {len(nodes)} nodes: {', '.join(names)}")]
 
 
+def room_for(config: Config, nodes: Sequence[NodeFacts]) -> int:
+    """How many of the run's trainers the nodes with its labels have room for, were they free."""
+    wanted = trainer_resources(config)
+    places = [node for node in nodes if config.ray.worker_labels.items() <= node.labels.items()]
+    totals = [node.resources | {"CPU": node.cpus, "GPU": node.gpus} for node in places]
+    return sum(int(min(has.get(name, 0.0) // one for name, one in wanted.items() if one)) for has in totals)
+
+
+def workers_here(config: Config, nodes: Sequence[NodeFacts]) -> int:
+    """The trainers that the run would begin with on these nodes: of an elastic one as many as there is room for."""
+    return max(workers_least(config), min(workers_wanted(config), room_for(config, nodes)))
+
+
 def check_places(config: Config, nodes: Sequence[NodeFacts]) -> list[Finding]:
-    """Whether nodes have the labels, CPUs and GPUs that the config asks for."""
+    """Whether nodes have the labels, CPUs, GPUs and custom resources that the config asks for. An elastic run wants
+    room for its fewest workers."""
     findings = []
     training, settings = config.training, config.ray
     for what, wanted in (
@@ -78,23 +105,38 @@ def check_places(config: Config, nodes: Sequence[NodeFacts]) -> list[Finding]:
             todo = "label the nodes (cluster/*.yaml), or wait for the autoscaler: ray.wait_for_nodes_s"
             level = warn if settings.wait_for_nodes_s else fail
             findings.append(level("places", f"no node has {what} {wanted}", todo))
-    places = [node for node in nodes if settings.worker_labels.items() <= node.labels.items()]
-    room = sum(
-        int(min(node.cpus // settings.cpus_per_worker, node.gpus if training.gpu else float("inf"))) for node in places
-    )
-    if room < workers_wanted(config):
+    room, least, most = room_for(config, nodes), workers_least(config), workers_wanted(config)
+    of = "" if set(trainer_resources(config)) <= {"CPU", "GPU"} else f" of {trainer_resources(config)}"
+    if room < least:
         todo = "lower training.workers, add nodes, or set ray.wait_for_nodes_s on an autoscaled cluster"
         level = warn if settings.wait_for_nodes_s else fail
-        findings.append(level("places", f"room for {room} of {workers_wanted(config)} workers", todo))
-    for node in places:
+        findings.append(level("places", f"room for {room} of {least} workers{of}", todo))
+    elif room < most:
+        todo = "none is needed: it begins with fewer and grows; add nodes for it to be sooner done"
+        findings.append(warn("places", f"room for {room} of {least} to {most} elastic workers{of}", todo))
+    for node in nodes:
+        if not settings.worker_labels.items() <= node.labels.items():
+            continue
+        least_driver = LEAST_DRIVER.get(node.cuda.partition(".")[0])
+        if (
+            training.gpu
+            and node.gpus
+            and least_driver
+            and node.driver
+            and int(node.driver.split(".")[0]) < least_driver
+        ):
+            text = f"{node.node}: NVIDIA driver {node.driver}, and torch is built for CUDA {node.cuda}"
+            findings.append(fail("gpus", text, f"a machine image with a driver from {least_driver} on"))
         if training.gpu and node.gpus and len(node.gpu_names) < node.gpus:
             text = f"{node.node}: Ray counts {node.gpus:g} GPUs and torch sees {len(node.gpu_names)}"
             findings.append(fail("gpus", text, "take the GPU image, and a driver for its CUDA"))
-    return findings or [ok("places", f"room for {room} workers; {workers_wanted(config)} wanted")]
+    return findings or [ok("places", f"room for {room} workers; {most} wanted")]
 
 
 def check_reach(nodes: Sequence[NodeFacts], places: Sequence[str]) -> list[Finding]:
     """Storage and MLflow from every node."""
+    if not nodes:
+        return [_nobody("reach")]
     todo = "give the nodes' identity the rights, open the network, or correct the address"
     findings = [
         fail("reach", f"{node.node} cannot use {place}: {problem}", todo)
@@ -115,7 +157,7 @@ def check_local_paths(nodes: Sequence[NodeFacts], paths: Sequence[str]) -> list[
 
 def check_memory(nodes: Sequence[NodeFacts]) -> list[Finding]:
     """Shared memory, object stores, disks to spill to."""
-    findings = []
+    findings = [] if nodes else [_nobody("memory")]
     for node in nodes:
         if node.shared_memory < node.object_store:
             shm, store = human_bytes(node.shared_memory), human_bytes(node.object_store)
@@ -139,11 +181,16 @@ def check_memory(nodes: Sequence[NodeFacts]) -> list[Finding]:
 def check_grace(nodes: Sequence[NodeFacts], checkpoint_s: float = 0.0) -> list[Finding]:
     """What `ray job stop` leaves a run for its last checkpoint, on the head."""
     wanted = max(LEAST_GRACE_S, 3 * checkpoint_s)
-    for node in nodes:
-        if node.is_head and node.grace_s < wanted:
-            text = f"the head gives a stopped job {node.grace_s:g} s, and its last checkpoint wants {wanted:g}"
-            return [fail("job stop", text, f"{GRACE_VARIABLE}={max(300, round(wanted))} where ray start --head runs")]
-    return [ok("job stop", f"a stopped job has {min((n.grace_s for n in nodes if n.is_head), default=0):g} s")]
+    todo = f"{GRACE_VARIABLE}={max(300, round(wanted))} where ray start --head runs"
+    head = next((node for node in nodes if node.is_head), None)
+    if head is None:
+        return [fail("job stop", "the head does not answer", "see nodes")]
+    if math.isnan(head.grace_s):
+        return [fail("job stop", f"{GRACE_VARIABLE} on the head is no whole number: Ray stops no job then", todo)]
+    if head.grace_s < wanted:
+        text = f"the head gives a stopped job {head.grace_s:g} s, and its last checkpoint wants {wanted:g}"
+        return [fail("job stop", text, todo)]
+    return [ok("job stop", f"a stopped job has {head.grace_s:g} s")]
 
 
 def check_links(measure: Callable[[], Links]) -> list[Finding]:
@@ -166,9 +213,10 @@ def check_links(measure: Callable[[], Links]) -> list[Finding]:
     return [ok("network", text)]
 
 
-def check_plan(memory: float, nodes: Sequence[NodeFacts], config: Config) -> list[Finding]:
+def check_plan(memory: float, nodes: Sequence[NodeFacts], config: Config, activations: bool = False) -> list[Finding]:
     """Whether the fullest worker's tables, state and batch (``sizing.memory_of``) fit its GPU or its share of a
-    node's memory beside the object store."""
+    node's memory beside the object store. ``activations``: whether what a step holds until backward is in it."""
+    without = "" if activations else ", activations not counted (--costs does)"
     labels, training = config.ray.worker_labels, config.training
     room = []
     for node in nodes:
@@ -180,8 +228,12 @@ def check_plan(memory: float, nodes: Sequence[NodeFacts], config: Config) -> lis
             here = min(int(node.cpus // config.ray.cpus_per_worker), workers_wanted(config))
             room.append((node.memory - node.object_store) / here)
     if not room:
-        return [warn("plan", f"a worker needs {human_bytes(memory)}; no trainer node is there yet", "ask again then")]
-    text = f"the fullest worker needs {human_bytes(memory)} of {human_bytes(min(room))}"
+        return [
+            warn(
+                "plan", f"a worker needs {human_bytes(memory)}{without}; no trainer node is there yet", "ask again then"
+            )
+        ]
+    text = f"the fullest worker needs {human_bytes(memory)} of {human_bytes(min(room))}{without}"
     todo = "more workers, row-wise tables (training.row_wise_from), fp16 weights, smaller batches"
     if memory > 0.9 * min(room):
         return [fail("plan", text, todo)]

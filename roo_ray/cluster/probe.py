@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import uuid
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from roo_ray.cluster.grace import grace_seconds
+from roo_ray.grace import grace_seconds
 from roo_ray.redact import redact_text
 from roo_ray.storage import join_path, open_filesystem
 from roo_ray.training.tracking import store_problem
@@ -26,7 +27,9 @@ PROBE_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """One node. Bytes throughout; ``problems``: place -> why it cannot be used from here."""
+    """One node. Bytes throughout; ``grace_s``: NaN where it cannot be read; ``problems``: place -> why it cannot be
+    used from here; ``resources``: all that Ray counts, custom ones among them; ``driver``: NVIDIA's;
+    ``cuda``: that torch was built for, both empty without GPUs."""
 
     node: str
     is_head: bool
@@ -42,6 +45,19 @@ class NodeFacts:
     gpu_names: tuple[str, ...] = ()
     gpu_memory: int = 0
     problems: dict[str, str] = field(default_factory=dict)
+    resources: dict[str, float] = field(default_factory=dict)
+    driver: str = ""
+    cuda: str = ""
+
+
+def driver_version() -> str:
+    """Of the NVIDIA driver of this machine, which a container shares; empty without one."""
+    try:
+        with open("/proc/driver/nvidia/version") as file:
+            found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", file.read())
+    except OSError:
+        return ""
+    return found[1] if found else ""
 
 
 def versions() -> dict[str, str]:
@@ -53,6 +69,13 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def cuda_of_torch() -> str:
+    """The CUDA that torch was built for, ``13.0``; empty for a CPU build."""
+    import torch
+
+    return torch.version.cuda or ""
 
 
 def storage_problem(path: str, writes: bool) -> str | None:
@@ -112,6 +135,9 @@ def facts_here(node: dict[str, Any], written: list[str], read: list[str], tracki
         gpu_names=names,
         gpu_memory=gpu_memory,
         problems=problems,
+        resources=dict(node["Resources"]),
+        driver=driver_version(),
+        cuda=cuda_of_torch() if node["Resources"].get("GPU") else "",
     )
 
 

@@ -34,13 +34,16 @@ OPTIMIZER_FLOATS = {"rowwise_adagrad": 0, "adagrad": 1, "sgd": 0, "adam": 2, "la
 
 
 class UnitCosts(Strict):
-    """Measured costs of one unit, on the machines that the run will use.
+    """Measured costs of one unit, on the machines that the run will use (benchmarks/sizing.py --costs).
 
     ``fixed_s``: of a step, whatever is in it. ``per_megaflop_s``: of the model's counted work, with a core (or GPU)
     to itself. ``latency_s``: what a second worker adds to a step. ``bandwidth``: bytes per second that a rank sends
-    in an all-to-all. ``read_requests_per_s``: of one CPU of a data node, decoding and packing. ``start_s``: until the
-    first step. ``checkpoint_bandwidth``: bytes per second. ``cores``: of a trainer's node, that its workers share;
-    0 where each worker has its own device. ``activation_bytes_per_megaflop``: memory that a step's work holds.
+    within steps. ``read_requests_per_s``: of one CPU of a data node, decoding and packing. ``start_s``: until the
+    first step. ``copy_bandwidth``, ``checkpoint_bandwidth``: bytes per second of a worker's checkpoint into host
+    memory, which training waits for, and from there to the storage, in the background. ``cores``: of a trainer's node,
+    that its workers share; 0 where each worker has its own device. ``activation_bytes_per_megaflop``: memory that a
+    step's work holds; 0: not counted. ``gpu``: measured on GPUs. ``step_error``, ``largest_step_error``: of the step
+    times predicted by these costs against measured ones, mean and largest, as shares; None: not measured.
     """
 
     fixed_s: float = Field(ge=0)
@@ -49,17 +52,23 @@ class UnitCosts(Strict):
     bandwidth: float = Field(default=1e9, gt=0)
     read_requests_per_s: float = Field(default=50_000, gt=0)
     start_s: float = Field(default=30.0, ge=0)
+    copy_bandwidth: float = Field(default=2e9, gt=0)
     checkpoint_bandwidth: float = Field(default=2e8, gt=0)
     cores: int = Field(default=0, ge=0)
     activation_bytes_per_megaflop: float = Field(default=0.0, ge=0)
+    gpu: bool = False
+    step_error: float | None = Field(default=None, ge=0)
+    largest_step_error: float | None = Field(default=None, ge=0)
 
 
 class Prices(Strict):
-    """``trainer_hour``: of one worker's share of a node; ``data_cpu_hour``: of one CPU of a data node;
-    ``head_hour``. Any currency. ``worker_memory``: bytes of one GPU, or of a worker's share of a node."""
+    """``trainer_hour``: of one worker's share of a node; ``data_cpu_hour``: of one CPU of a data node, which has
+    ``data_node_cpus`` and is paid whole; ``head_hour``. Any currency. ``worker_memory``: bytes of one GPU, or of a
+    worker's share of a node."""
 
     trainer_hour: float = Field(ge=0)
     data_cpu_hour: float = Field(default=0.05, ge=0)
+    data_node_cpus: int = Field(default=16, gt=0)
     head_hour: float = Field(default=0.0, ge=0)
     worker_memory: float | None = Field(default=None, gt=0)
 
@@ -79,17 +88,22 @@ class Shape:
     epochs: int
     lanes: int
     full_requests: float = 0.0
+    checkpoint_every_steps: int | None = None
+    checkpoint_every_minutes: float | None = None
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A run on W workers. Bytes and seconds; ``exchange_bytes``: that a rank sends in a step."""
+    """A run on W workers. Bytes and seconds; ``exchange_bytes``: that a rank sends in a step; ``data_cpus`` on
+    ``data_nodes`` read for all trainers together; ``checkpoints`` of ``checkpoint_bytes`` each."""
 
     workers: int
     step_s: float
     memory: float
     data_cpus: int
+    data_nodes: int
     exchange_bytes: float
+    checkpoints: int
     checkpoint_bytes: float
     seconds: float
     cost: float
@@ -136,6 +150,8 @@ def shape_of(config: Config, manifest: Manifest) -> Shape:
         dense_bytes=float(dense * FLOAT),
         epochs=config.training.epochs,
         lanes=ingest.lanes,
+        checkpoint_every_steps=config.training.checkpoint_every_steps,
+        checkpoint_every_minutes=config.training.checkpoint_every_minutes,
     )
 
 
@@ -153,30 +169,76 @@ def memory_of(shape: Shape, workers: int, costs: UnitCosts) -> float:
     return max(loads) + 4 * shape.dense_bytes + lookups + work * lanes * costs.activation_bytes_per_megaflop
 
 
-def predict(shape: Shape, workers: int, costs: UnitCosts, prices: Prices, saves: int = 1) -> Prediction:
-    """A run on so many workers; ``saves``: checkpoints in all."""
+def exchanged_bytes(shape: Shape, workers: int) -> float:
+    """Embeddings and their gradients that a rank sends to the others in a step."""
+    lanes = math.ceil(shape.lanes / workers) / shape.lanes
+    return 2 * shape.lookup_bytes * shape.requests * lanes * (workers - 1) / workers
+
+
+def sent_bytes(shape: Shape, workers: int) -> float:
+    """All that a rank sends in a step: the exchange, and the all-reduce of the dense part's gradients."""
+    return exchanged_bytes(shape, workers) + 2 * (workers - 1) / workers * shape.dense_bytes
+
+
+def checkpoints_of(shape: Shape, training_s: float, write_s: float) -> int:
+    """Checkpoints of a run that trains for ``training_s``: at the ends of epochs, and within them as often as the
+    config says, but not while one is still being written."""
+    steps, minutes = shape.checkpoint_every_steps, shape.checkpoint_every_minutes
+    within = shape.epochs * shape.steps // steps if steps else 0
+    within = max(within, int(training_s / (60 * minutes)) if minutes else 0)
+    return shape.epochs + min(within, int(training_s / write_s))
+
+
+def predict(shape: Shape, workers: int, costs: UnitCosts, prices: Prices) -> Prediction:
+    """A run on so many workers. Training waits for a checkpoint's copy, and for the writing of the last one alone."""
     lanes = math.ceil(shape.lanes / workers) / shape.lanes  # of the step's work, on the rank that has most of it
     contention = max(1.0, workers / costs.cores) if costs.cores else 1.0
-    leaves = (workers - 1) / workers
-    exchange = 2 * shape.lookup_bytes * shape.requests * lanes * leaves  # forward, and gradients back
+    exchange = exchanged_bytes(shape, workers)
     step = costs.fixed_s * contention + contention * shape.megaflops * lanes * costs.per_megaflop_s
     if workers > 1:
-        reduced = 2 * leaves * shape.dense_bytes
-        step += costs.latency_s * contention + (exchange + reduced) / costs.bandwidth
+        step += costs.latency_s * contention + sent_bytes(shape, workers) / costs.bandwidth
     state = sum(size for size, _ in shape.table_bytes.values()) + 3 * shape.dense_bytes
     data_cpus = max(1, math.ceil(shape.requests / step / costs.read_requests_per_s))
+    data_nodes = math.ceil(data_cpus / prices.data_node_cpus)
     training = shape.epochs * shape.steps * step
-    seconds = costs.start_s + training + saves * state / workers / costs.checkpoint_bandwidth
-    per_hour = workers * prices.trainer_hour + data_cpus * prices.data_cpu_hour + prices.head_hour
+    write = state / workers / costs.checkpoint_bandwidth
+    checkpoints = checkpoints_of(shape, training, write)
+    seconds = costs.start_s + training + checkpoints * state / workers / costs.copy_bandwidth + write
+    per_hour = workers * prices.trainer_hour + prices.head_hour
+    per_hour += data_nodes * prices.data_node_cpus * prices.data_cpu_hour
     memory = memory_of(shape, workers, costs)
     fits = prices.worker_memory is None or memory <= prices.worker_memory
-    return Prediction(workers, step, memory, data_cpus, exchange, state, seconds, per_hour * seconds / 3600, fits)
+    return Prediction(
+        workers=workers,
+        step_s=step,
+        memory=memory,
+        data_cpus=data_cpus,
+        data_nodes=data_nodes,
+        exchange_bytes=exchange,
+        checkpoints=checkpoints,
+        checkpoint_bytes=state,
+        seconds=seconds,
+        cost=per_hour * seconds / 3600,
+        fits=fits,
+    )
 
 
 def cheapest(predictions: Sequence[Prediction], deadline_s: float | None) -> Prediction | None:
     """The cheapest that fits into memory and ends by the deadline; among equals the fastest."""
     good = [p for p in predictions if p.fits and (deadline_s is None or p.seconds <= deadline_s)]
     return min(good, key=lambda p: (p.cost, p.seconds), default=None)
+
+
+def fit_exchange(measured: Sequence[tuple[float, float]], most: float) -> tuple[float, float]:
+    """(latency_s, bandwidth) from (bytes that a rank sends, seconds beyond its own work) of steps of two workers at
+    two batch sizes. A busy machine may exchange more slowly within steps than the links alone would, never faster than
+    ``most``. Raises ConfigError for fewer than two sizes."""
+    (small, quick), *_, (large, slow) = sorted(measured)
+    if small == large:
+        raise ConfigError("the cost of an exchange needs measured steps of two batch sizes")
+    per_byte = max((slow - quick) / (large - small), 1 / most)
+    latency = sum(seconds - sent * per_byte for sent, seconds in measured) / len(measured)
+    return max(0.0, latency), 1 / per_byte
 
 
 def fit_costs(measured: Sequence[tuple[float, float]]) -> tuple[float, float]:

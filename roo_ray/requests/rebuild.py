@@ -7,6 +7,7 @@ the data set is named again anyway. One manifest moves readers from the old vers
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -43,6 +44,19 @@ def parent_of(data_set: str, schema: Schema, days: Sequence[str], next_version: 
     if parent.files and not parent.accounts:
         raise DataError(f"build.days: version {parent.version} was built without accounts by day; {again}")
     return parent
+
+
+def missing_days(data_set: str, through: datetime.date) -> list[str]:
+    """The UTC days after the newest one of a data set, up to ``through`` itself; none where it has that one.
+
+    Raises DataError where the data set has no version yet: nothing says which day would be its first.
+    """
+    versions = manifest_versions(data_set)
+    days = load_manifest(data_set, versions[-1]).days if versions else []
+    if not days:
+        raise DataError(f"{data_set} has no day yet, after which others could be missing; build it whole first")
+    newest = datetime.date.fromisoformat(days[-1])
+    return [(newest + datetime.timedelta(n)).isoformat() for n in range(1, (through - newest).days + 1)]
 
 
 # ---- the same shards -----------------------------------------------------------------------------

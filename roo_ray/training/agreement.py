@@ -65,8 +65,14 @@ def agree(weights: torch.Tensor, cost: float, lanes_to_come: int, flags: Flags, 
 
 
 def lanes_alive(lanes: int, device: torch.device) -> int:
-    """Over all ranks, the lanes that have data for a step (collective): for the first step of a pass, and for
-    passes without an update."""
-    total = torch.tensor([lanes], device=device)
+    """Over all ranks, the lanes that have data for the first step of a pass (collective)."""
+    return agree_to_go_on(lanes, Flags(), device)[0]
+
+
+def agree_to_go_on(lanes: int, flags: Flags, device: torch.device) -> tuple[int, bool, bool]:
+    """Over all ranks, of a step without an update (collective): the lanes that have data for it, and whether some
+    rank was evicted, and whether the job is to end."""
+    total = torch.tensor([lanes, flags.evicted, flags.stop], device=device)
     dist.all_reduce(total)
-    return int(total)
+    alive, evicted, stop = total.tolist()
+    return int(alive), evicted > 0, stop > 0

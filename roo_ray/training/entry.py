@@ -82,6 +82,6 @@ def train_worker(loop_config: dict[str, Any]) -> None:
         # all ranks end together: no failure in Ray Train's eyes; the driver knows what to do
         ray.get(job.board.end_with.remote(error))
     finally:
-        if worker.stopping is not None:
-            worker.stopping.close()
         worker.logger.close()
+        if worker.stopping is not None:  # until here the driver is to know that workers run
+            worker.stopping.close()

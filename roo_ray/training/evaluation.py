@@ -18,18 +18,31 @@ from roo_ray.metrics.held_out import HeldOutScores
 from roo_ray.models.item_index import RetrievalEvaluation
 from roo_ray.models.objective import logits_of, retrieval_towers
 from roo_ray.schema import Schema
-from roo_ray.training.agreement import lanes_alive
+from roo_ray.training.agreement import Flags, agree_to_go_on
 from roo_ray.training.sharding import ShardedModel
 from roo_ray.training.throughput import Throughput
 
 SECONDS_BETWEEN_LINES = 5.0
 
 
-def steps_to_the_end(stream: RankStream, device: torch.device) -> Iterator[Step]:
-    """The steps of a pass without an update; ends on all ranks at once (a collective per step)."""
+class CutShort(Exception):
+    """An evaluation that all ranks have left at the same step. ``stop``: because the job is to end; otherwise some
+    rank was evicted."""
+
+    def __init__(self, stop: bool) -> None:
+        super().__init__("stop" if stop else "evicted")
+        self.stop = stop
+
+
+def steps_to_the_end(stream: RankStream, device: torch.device, says: Callable[[], Flags] = Flags) -> Iterator[Step]:
+    """The steps of a pass without an update; ends on all ranks at once (a collective per step). ``says``: the flags of
+    this rank, of which ``evicted`` and ``stop`` count. Raises CutShort on all ranks where one says so."""
     for step in on_device(stream.epoch(0), device):
-        if not lanes_alive(step.lanes_alive, device):
+        alive, evicted, stop = agree_to_go_on(step.lanes_alive, says(), device)
+        if not alive:
             return
+        if evicted or stop:
+            raise CutShort(stop)
         yield step
 
 
@@ -41,9 +54,11 @@ def evaluate(
     say: Callable[[str], None],
     settings: Evaluation,
     rank: int,
+    says: Callable[[], Flags] = Flags,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Metrics of the held-out data over all ranks (collective), under ``eval/``, and the tasks' ROC and calibration
-    curves. Every impression's logits are written where ``settings`` say so."""
+    curves. Every impression's logits are written where ``settings`` say so. ``says``: see ``steps_to_the_end``, with
+    its CutShort; the model is then left in evaluation mode."""
     metrics = RankingMetrics([label.name for label in schema.labels])
     oracle = RankingMetrics([label.name for label in schema.labels])
     scored = HeldOutScores(metrics.tasks, settings.exact_rows)
@@ -53,7 +68,7 @@ def evaluate(
     last_line = time.perf_counter()
     model.module.eval()
     with torch.no_grad():
-        for step in steps_to_the_end(stream, device):
+        for step in steps_to_the_end(stream, device, says):
             batch = step.batch
             outputs = model.module(batch)
             logits = logits_of(model.module, outputs, len(schema.labels))

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 
 from roo_ray import session
 from roo_ray.config import Config, Holdout, Incremental
-from roo_ray.errors import ConfigError, DataError, PublishRefused, Stopped
+from roo_ray.errors import ConfigError, DataError, PublishRefused
 from roo_ray.redact import redact_text
 from roo_ray.requests.manifest import load_manifest
 from roo_ray.review import charts
@@ -100,6 +100,15 @@ def days_to_train(settings: Incremental, available: list[str], published: Publis
     return [day for day in sorted(settings.days or available) if day > after]
 
 
+def days_passed_over(available: list[str], published: Published | None) -> list[str]:
+    """Days of the data set within those that the series has trained on, on which no model was trained: they came
+    after the days behind them were published."""
+    if published is None:
+        return []
+    done = {one.day for one in published.history}
+    return [day for day in sorted(available) if min(done) < day < max(done) and day not in done]
+
+
 def figures(tasks: list[str], before: dict[str, Any] | None, after: dict[str, float]) -> dict[str, float | None]:
     """``DayResult.metrics`` from what a day's run has measured."""
     metrics: dict[str, float | None] = {}
@@ -157,6 +166,8 @@ def _run_days(config: Config, series: str, say: Say) -> tuple[list[DayResult], P
     if published is not None:
         _register(config, published.last, say)  # a job that was killed may not have come to it
     days = days_to_train(settings, list(manifest.days), published)
+    if not settings.days and (passed := days_passed_over(manifest.days, published)):
+        say(f"warning: no model was trained on {', '.join(passed)}, which came after later days were published")
     if not days:
         at = published.last.day if published else "no day"
         say(f"nothing to do: the model of {at} is published, and version {manifest.version} has no day after it")
@@ -165,7 +176,7 @@ def _run_days(config: Config, series: str, say: Say) -> tuple[list[DayResult], P
     logger = RunLogger(parent, say, config.tracking.end_wait_seconds)
     done: list[DayResult] = []
     refused: DayResult | None = None
-    succeeded, stopped = False, False
+    succeeded = False
     try:
         for day in days:
             result = _train_day(config_of_day(config, series, day), series, day, published, parent, tasks, say)
@@ -182,13 +193,10 @@ def _run_days(config: Config, series: str, say: Say) -> tuple[list[DayResult], P
             say(f"published the model of {day}: {result.checkpoint}")
             _register(config, result, say)
         succeeded = True
-    except Stopped:
-        stopped = True
-        raise
     finally:
         with never_fatal("the chart of NE by day", say):
             log_chart(logger, published.history if published else [], refused, task)
-        logger.end(succeeded, stopped=stopped)
+        logger.end(succeeded)
     return done, published, parent
 
 

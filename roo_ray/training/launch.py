@@ -18,7 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from roo_ray import session
 from roo_ray.config import Config, WorkerRange
-from roo_ray.errors import ConfigError, Evicted, RooError, Stopped
+from roo_ray.errors import ConfigError, Evicted, RooError
 from roo_ray.ingest.holdout import check_sides
 from roo_ray.ingest.plan import plan_inputs
 from roo_ray.models.check import check_model
@@ -44,7 +44,7 @@ from roo_ray.training.lease import at_work
 from roo_ray.training.prepare import data_metrics
 from roo_ray.training.progress import Say, progress_board
 from roo_ray.training.saver import KEEP_SCORE
-from roo_ray.training.signals import on_terminate
+from roo_ray.training.signals import forward_terminate
 from roo_ray.training.tracking import RunHandle, RunLogger, open_run
 
 CHECKPOINT_ARTIFACT_LIMIT = 2_000_000_000  # bytes; a larger checkpoint is named in the run, not copied into it
@@ -195,8 +195,8 @@ def train(
     ``start_from``: a checkpoint whose weights a new run begins with; ``day``: evaluate it on that day's data before;
     ``parent``: the MLflow run that this one is shown under; ``register``: the model, under ``serving.register_as``.
     Raises BadInput (data, config, cluster) and TrainingDiverged with one message; the MLflow run is then marked
-    FAILED. Raises Stopped after SIGTERM and a last checkpoint; the MLflow run is then marked KILLED. Raises
-    ConfigError where another job is at work on the run.
+    FAILED. Raises Stopped after SIGTERM, with a last checkpoint where workers ran; the MLflow run is then marked
+    KILLED. Raises ConfigError where another job is at work on the run.
     """
     config = config.model_copy(update={"run_name": run_name})
     with at_work(join_path(config.storage, run_name), f"run '{run_name}'", say):
@@ -230,7 +230,7 @@ def _train(
         f"{manifest.impressions:,} impressions, {workers_of(config)} workers, {config.ingest.lanes} lanes; "
         "starting the workers"
     )
-    succeeded, stopped = False, False
+    succeeded = False
     try:
         changed = logger.params(config.model_dump(mode="json", exclude={"request_schema"}))
         if changed:  # a run's parameters cannot change in MLflow: what a resume has changed stands beside them
@@ -245,15 +245,13 @@ def _train(
         save_json(config, run_name, PLAN_FILE, plan)
         with progress_board(say) as board, readable_failures():
             job = replace(make_job(config, manifest, "train", run, board), checkpoint=start_from, day=day)
-            with on_terminate(board.stop.remote):
+            with forward_terminate(board):
                 result = make_trainer(job, run_name).fit()
                 while isinstance(ended := ray.get(board.outcome.remote()), Evicted):
-                    say(
-                        f"{ended}; starting the workers again"
-                    )  # no failure: the run may be evicted any number of times
+                    # no failure: the run may be evicted any number of times
+                    say(f"{ended}; starting the workers again")
                     result = make_trainer(job, run_name).fit()
         if ended is not None:
-            stopped = isinstance(ended, Stopped)
             raise ended
         if result.checkpoint is None or result.metrics is None:
             raise ConfigError(f"run '{run_name}' trained nothing: it has no checkpoint and no epochs left")
@@ -274,7 +272,7 @@ def _train(
         review_training(config, manifest, path, run, say, register=register)
         succeeded = True
     finally:
-        logger.end(succeeded, stopped=stopped)
+        logger.end(succeeded)
     metrics = {name: math.nan if value is None else value for name, value in reported.items()}
     return TrainingResult(run_name, path, metrics, run, time.perf_counter() - begin)
 

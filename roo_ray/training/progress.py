@@ -35,15 +35,21 @@ class ProgressBoard:
         self._lines: list[str] = []
         self._kept: dict[str, float] = {}
         self._stopping = False
+        self._asked = time.monotonic()
         self._outcome: Exception | None = None
 
     def stop(self) -> None:
         """The job is to end after a last checkpoint."""
-        self._stopping = True
+        self._stopping, self._asked = True, time.monotonic()
 
     def stopping(self) -> bool:
-        """Whether the job is to end."""
+        """Whether the job is to end: the workers ask it all the time."""
+        self._asked = time.monotonic()
         return self._stopping
+
+    def silent_seconds(self) -> float:
+        """How long no worker has asked."""
+        return time.monotonic() - self._asked
 
     def end_with(self, error: Exception) -> None:
         """Holds the error that the workers, all together, ended for."""

@@ -25,7 +25,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from roo_ray.config import Tracking
-from roo_ray.errors import ClusterError, ConfigError
+from roo_ray.errors import ClusterError, ConfigError, Stopped
 from roo_ray.redact import redact, redact_text
 from roo_ray.source_config import home
 from roo_ray.training.outbox import Outbox
@@ -288,8 +288,10 @@ class RunLogger:
                 f"back: python jobs/replay_tracking.py {left}"
             )
 
-    def end(self, succeeded: bool, *, stopped: bool = False) -> None:
-        """Closes the run as FINISHED, FAILED or KILLED, and waits for it as ``close`` does."""
+    def end(self, succeeded: bool) -> None:
+        """Closes the run as FINISHED or FAILED, or as KILLED where it is called because of Stopped or an interrupt, and
+        waits for it as ``close`` does."""
+        stopped = isinstance(sys.exc_info()[1], (Stopped, KeyboardInterrupt))
         status = "FINISHED" if succeeded else "KILLED" if stopped else "FAILED"
         self._put({"kind": "status", "status": status})
         self.close()

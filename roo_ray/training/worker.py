@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, NoReturn
 
 import ray
 import ray.train
@@ -90,6 +91,8 @@ class Worker:
         self.logger = RunLogger(handle, self.say, self.config.tracking.end_wait_seconds)
         self.epochs_done, self.steps_done, self.skipped = 0, 0, 0
         self.position: Position | None = None  # where the epoch in progress goes on, after a restart
+        self.trained_to: Position | None = None  # where the epoch that was last trained on has ended
+        self.saved_as: str | None = None  # the checkpoint that was last written or loaded
         self.counts = Counts.since({})
         self.lifetime = RankingMetrics(self.tasks)  # of all training, over all ranks; the same on every rank
         self.cost = training_megaflops(self.schema, self.config.model)
@@ -150,15 +153,26 @@ class Worker:
         return RankStream(streams, self.rank, self.world, shared)
 
     def evaluate(self, holdout: Holdout | None = None) -> dict[str, float]:
-        """Metrics of held-out data over all ranks (collective), under ``eval/``."""
-        stream = self.stream("evaluation", holdout)
-        values, curves = evaluation.evaluate(
-            self.model, self.schema, stream, self.device, self.say, self.config.evaluation, self.rank
-        )
+        """Metrics of held-out data over all ranks (collective), under ``eval/``. Raises Stopped and Evicted on all
+        ranks together, after a checkpoint of the epoch that was to be evaluated, if it was trained on."""
+        stream, settings = self.stream("evaluation", holdout), self.config.evaluation
+        try:
+            values, curves = evaluation.evaluate(
+                self.model, self.schema, stream, self.device, self.say, settings, self.rank, self.wishes
+            )
+        except evaluation.CutShort as cut:
+            self.leave_evaluation(cut.stop)
         self.logger.json(curves, CURVES_FILE)
         return values
 
     # ---- training ------------------------------------------------------------------------------------
+
+    def wishes(self) -> Flags:
+        """Whether this rank was told to leave, or to end the job."""
+        if self.job.mode != "train":
+            return Flags()
+        stop = self.stopping is not None and self.stopping.stop.is_set()
+        return Flags(evicted=self.evicted.is_set(), stop=stop)
 
     def flags(self, taken: int) -> Flags:
         """What this rank says in the agreement of the step in progress."""
@@ -169,8 +183,7 @@ class Worker:
             due = due or time.monotonic() - self.saved_at > 60 * minutes
         busy = self.saver.busy
         self.overdue = due and busy
-        stop = self.stopping is not None and self.stopping.stop.is_set()
-        return Flags(False, self.evicted.is_set(), stop, due and not busy, self.saver.written)
+        return replace(self.wishes(), checkpoint=due and not busy, written=self.saver.written)
 
     def train_epoch(self, stream: RankStream, epoch: int) -> dict[str, float]:
         """Trains one epoch, or the rest of it; returns its throughput over all ranks, and what it trained on in
@@ -191,6 +204,7 @@ class Worker:
         total, window = Throughput(), Window(self.tasks, self.device)
         coming = on_device(stream.epoch(epoch), self.device, lambda s: trainer.times.add("host_to_device", s))
         ends_below = ingest.lanes if ingest.drop_last else 1
+        last: Step | None = None
         for taken in trainer.steps(coming, self.device, window.times, ends_below):
             step, agreement = taken.step, taken.agreement
             self.steps_done += 1
@@ -218,8 +232,10 @@ class Worker:
                 self.save({}, self.position_of(epoch, step), wait=leaves)
             if leaves:
                 self.leave(agreement.any("stop"))
+            last = step
         if window.losses:
             self.log_window(epoch, window)
+        self.trained_to = self.position if last is None else self.position_of(epoch, last)
         if ingest.drop_last and not trainer.clock.is_over():
             self.count_dropped(trainer.left, coming, epoch)
         metrics = total.over_ranks(self.device, "epoch") | self.unreadable(stream)
@@ -229,11 +245,22 @@ class Worker:
             metrics["epoch/not_finite_batches"] = float(self.skipped)
         return metrics | {f"epoch/{name}": float(counted[name]) for name in ("requests", "impressions")}
 
-    def leave(self, stop: bool) -> None:
+    def leave(self, stop: bool) -> NoReturn:
         """Ends this worker group after its last checkpoint."""
         if stop:
             raise Stopped(f"at step {self.steps_done}; the checkpoint is written, and the same run_name goes on there")
         raise Evicted(f"a worker got SIGTERM at step {self.steps_done}; the checkpoint is written")
+
+    def leave_evaluation(self, stop: bool) -> NoReturn:
+        """Ends this worker group within an evaluation (collective); the epoch before it is not trained on again."""
+        if self.trained_to is None:
+            raise (Stopped if stop else Evicted)("before training began; the same run_name begins anew")
+        if self.saver.busy:
+            self.collect()
+        if self.saved_as != name_of(self.trained_to.epoch, self.steps_done):  # as it may be right after a restart
+            self.epochs_done = self.trained_to.epoch  # the one that goes on, to be evaluated
+            self.save({}, self.trained_to, wait=True)
+        self.leave(stop)
 
     def count_skipped(self) -> None:
         """Counts a batch that was left out. Raises TrainingDiverged where there are too many."""
@@ -329,6 +356,7 @@ class Worker:
             )
         self.epochs_done, self.steps_done, self.skipped = state.epoch, state.step, state.skipped
         self.clock.go_on(state.seconds, within=state.position is not None)
+        self.saved_as = name_of(state.epoch, state.step)
         if "lifetime" in run:
             self.lifetime.load_state_tensor(run["lifetime"])
         if f"rng_{self.rank}" in run:
@@ -372,6 +400,7 @@ class Worker:
         written = self.saver.collect()
         name = written.path.rsplit("/", 1)[-1]
         if written.problem is None:
+            self.saved_as = name
             begin = time.perf_counter()
             ray.train.report(
                 written.metrics | {KEEP_SCORE: keep_score(written.metrics, self.tasks[0])},

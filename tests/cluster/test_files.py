@@ -16,11 +16,13 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from ray._private.runtime_env.packaging import _get_ignore_file
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from roo_ray.cluster.grace import GRACE_VARIABLE
+from roo_ray.cluster.preflight import LEAST_DRIVER
 from roo_ray.cluster.price_files import read_prices
 from roo_ray.config import load_config
+from roo_ray.grace import GRACE_VARIABLE
 from tests.cluster.heads import ROOT
 
 CLUSTER = ROOT / "cluster"
@@ -63,6 +65,43 @@ def test_launcher_files_are_valid_for_ray(path: Path) -> None:
     assert "--dashboard-host=127.0.0.1" in head
     assert "--object-store-memory" in head
     assert "--object-store-memory" in " ".join(launcher["worker_start_ray_commands"])
+    before = " ".join(launcher["initialization_commands"])  # the registry is private
+    assert re.search(r"docker login .*--password-stdin", before)
+    assert "REGISTRY" in before
+
+
+def cuda_of_the_gpu_image() -> str:
+    """Its major version, ``13``."""
+    (major,) = re.findall(
+        r"^nvidia-cuda-runtime\S*==(\d+)\.", (CLUSTER / "requirements-gpu.txt").read_text(), re.MULTILINE
+    )
+    return str(major)
+
+
+def test_the_trainers_machines_have_a_driver_for_the_cuda_of_their_image() -> None:
+    """CUDA comes with the image, the driver with the machine; Ray's own default on AWS has one for CUDA 11."""
+    least = LEAST_DRIVER[cuda_of_the_gpu_image()]
+    aws, gcp = (yaml.safe_load(path.read_text())["available_node_types"] for path in LAUNCHERS)
+    assert {kind["node_config"]["ImageId"] for kind in aws.values()} == {"AMI"}  # to be replaced: one of the region
+    guide = (ROOT / "docs/cluster.md").read_text()
+    assert re.search(
+        r"export AMI=\$\(aws ssm get-parameter .*\n.*/base-oss-nvidia-driver-gpu-ubuntu-22.04/latest", guide
+    )
+    assert f"NVIDIA's from {least} on" in guide
+    for name, kind in gcp.items():
+        (disk,) = kind["node_config"]["disks"]
+        driver = re.search(r"-nvidia-(\d+)$", disk["initializeParams"]["sourceImage"])
+        assert (driver is not None) == ("GPU" in kind["resources"]), name
+        assert driver is None or int(driver[1]) >= least
+
+
+def test_the_autoscaler_in_the_heads_container_has_what_it_needs() -> None:
+    """ssh and rsync for Ray's command runner, and the clouds' clients that its node providers import."""
+    for path in DOCKERFILES[:2]:
+        (apt,) = [arguments for verb, arguments in instructions(path) if verb == "RUN" and "apt-get" in arguments]
+        assert {"openssh-client", "rsync", "procps"} <= set(apt.split())
+    pinned = set(re.findall(r"^([\w-]+)==", (CLUSTER / "requirements-cpu.txt").read_text(), re.MULTILINE))
+    assert {"boto3", "google-api-python-client", "google-auth-httplib2", "google-auth"} <= pinned
 
 
 def test_a_wrong_launcher_file_is_refused() -> None:
@@ -118,6 +157,8 @@ def test_kuberay_manifests_fit_their_crd(path: Path) -> None:
         pod = group["template"]["spec"]
         (container,) = pod["containers"]
         assert pod["securityContext"]["runAsNonRoot"]
+        mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
+        assert ("/tmp/ray" in mounted) == (group is not head)  # KubeRay mounts the logs that head and autoscaler share
         shm = next(volume for volume in pod["volumes"] if volume["name"] == "shm")["emptyDir"]["sizeLimit"]
         store = int(group["rayStartParams"]["object-store-memory"])
         memory = container["resources"]["limits"]["memory"]
@@ -135,10 +176,32 @@ def test_kuberay_manifests_fit_their_crd(path: Path) -> None:
             config = load_config(ROOT / "configs/demo.yaml", overrides)
             assert config.ray.wait_for_nodes_s >= 600
             assert config.ray.data_labels == workers["data"]["labels"]
+            if script == "jobs/build_requests.py":
+                assert words[words.index("--through") + 1] == "yesterday"
             if script == "jobs/train.py":
                 assert config.training.gpu
                 assert config.ray.worker_labels == workers["trainer"]["labels"]
         assert "jobs/train.py" in commands[-1]
+
+
+@pytest.mark.parametrize("fails", [None, "jobs/build_requests.py"])
+def test_the_nightly_entrypoint(fails: str | None, tmp_path: Path) -> None:
+    """As KubeRay hands it to a shell: what it starts, and that nothing is trained where the build has failed."""
+    spec = yaml.safe_load((CLUSTER / "kuberay/raycronjob-nightly.yaml").read_text())["spec"]["jobTemplate"]
+    python, log = tmp_path / "python", tmp_path / "log"
+    python.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {log}\n[ "$1" != "{fails}" ] || exit 2\n')
+    python.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["sh", "-c", spec["entrypoint"]], env=env, capture_output=True, text=True, check=False)
+    build, *train = log.read_text().splitlines()
+    assert build.startswith("jobs/build_requests.py --config s3://BUCKET/configs/train.yaml --through yesterday ")
+    assert "ray.data_labels={role: data}" in build
+    if fails:
+        assert (done.returncode, train) == (2, [])
+    else:
+        assert done.returncode == 0, done.stderr
+        assert [line.split()[0] for line in train] == ["jobs/train.py"]
+        assert "incremental={}" in train[0]
 
 
 def test_an_unknown_field_of_a_manifest_is_refused() -> None:
@@ -262,6 +325,8 @@ def test_the_mlflow_server_keeps_secrets_out_of_its_files() -> None:
             pod = item["spec"]["template"]
             assert item["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
             assert pod["spec"]["securityContext"]["runAsNonRoot"]
+            assert pod["spec"]["automountServiceAccountToken"] is False
+            assert pod["spec"].get("serviceAccountName") != "roo-ray"  # which has the autoscaler's rights
             for entry in pod["spec"]["containers"][0]["env"]:
                 assert "value" not in entry or "PASSWORD" not in entry["name"]
 
@@ -270,8 +335,8 @@ def test_the_guide_names_what_there_is(tmp_path: Path) -> None:
     """Its config and prices are valid, its jobs and files exist, and nodes have its labels."""
     guide = (ROOT / "docs/cluster.md").read_text()
     (block,) = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
-    content = {"name": "x", "schema": str(ROOT / "configs/schemas/synthetic.yaml"), **yaml.safe_load(block)}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    shutil.copy(ROOT / "configs/schemas/synthetic.yaml", tmp_path / "schema.yaml")
+    (tmp_path / "config.yaml").write_text(block)
     settings = load_config(tmp_path / "config.yaml").ray
     for path in LAUNCHERS:
         labels = [kind.get("labels", {}) for kind in yaml.safe_load(path.read_text())["available_node_types"].values()]
@@ -283,6 +348,34 @@ def test_the_guide_names_what_there_is(tmp_path: Path) -> None:
     files = set(re.findall(r"\b((?:jobs|benchmarks|packaging|cluster|roo_ray)/[\w/.-]+\.\w+)", guide))
     assert len(files) > 10
     assert [name for name in files if not (ROOT / name).exists()] == []
+
+
+def test_the_guides_commands_are_bash_and_use_what_is_set_before(tmp_path: Path) -> None:
+    guide = (ROOT / "docs/cluster.md").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", guide, re.DOTALL)
+    script = "\n".join(blocks)
+    done = subprocess.run(["bash", "-n", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    known = {"name", "role", "image", "1", "IP"}  # of loops, of a function, of the head's own shell
+    for line in script.splitlines():
+        line = line.partition(" #")[0]
+        used = set(re.findall(r"\$\{?(\w+)", line))
+        assert used <= known, f"{used - known} in: {line}"
+        known |= set(re.findall(r"(?:export |^)([A-Z_]+)=", line))
+    assert "REGISTRY/" not in re.sub(r"\$REGISTRY/", "", script)
+
+
+def test_the_mlflow_password_stays_where_it_is() -> None:
+    """Ray leaves what .gitignore names out of a submitted job's working directory."""
+    secret = CLUSTER / "mlflow/secrets/postgres_password"
+    assert f"> {secret.relative_to(ROOT)}" in (ROOT / "docs/cluster.md").read_text()
+    compose = yaml.safe_load((CLUSTER / "mlflow/compose.yaml").read_text())
+    assert CLUSTER / "mlflow" / compose["secrets"]["postgres_password"]["file"] == secret
+    ignores = _get_ignore_file(ROOT, ignore_file=".gitignore")
+    assert ignores is not None
+    assert ignores(secret)
+    assert not ignores(CLUSTER / "mlflow/compose.yaml")
+    assert "**/secrets" in (ROOT / ".dockerignore").read_text().splitlines()
 
 
 def test_no_secret_stands_in_any_file() -> None:

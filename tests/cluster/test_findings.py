@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import runpy
+import sys
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -39,8 +43,9 @@ NODE = NodeFacts(
     object_store=19 * GB,
     disk_free=400 * GB,
     grace_s=3,
+    resources={"CPU": 4.0, "fast": 3.0},
 )
-HEAD = replace(NODE, node="head", is_head=True, labels={}, cpus=2, grace_s=300)
+HEAD = replace(NODE, node="head", is_head=True, labels={}, cpus=2, grace_s=300, resources={})
 
 
 def demo(*overrides: str) -> Config:
@@ -50,6 +55,44 @@ def demo(*overrides: str) -> Config:
 def level_and_text(findings: list[Finding]) -> tuple[str, str]:
     assert all(finding.do for finding in findings if finding.level != "ok")
     return worst(findings), " | ".join(finding.line() for finding in findings)
+
+
+def test_nodes_that_do_not_answer() -> None:
+    assert worst(preflight.check_nodes([HEAD, NODE], [])) == "ok"
+    level, text = level_and_text(preflight.check_nodes([HEAD], ["b 12ab (no answer within 120 s)"]))
+    assert level == "fail"
+    assert "b 12ab (no answer within 120 s) does not answer" in text
+    level, text = level_and_text(preflight.check_nodes([NODE], []))
+    assert level == "fail"
+    assert "the head is not among the 1 nodes" in text
+    assert worst(preflight.check_nodes([], [])) == "fail"
+    config = demo()
+    for of_nobody in (
+        preflight.check_versions([]),
+        preflight.check_places(config, []),
+        preflight.check_reach([], ["s3://b"]),
+        preflight.check_memory([]),
+        preflight.check_grace([]),
+        preflight.check_grace([NODE]),
+    ):
+        assert worst(of_nobody) == "fail"
+    assert worst(preflight.check_plan(1, [], config)) == "warn"
+
+
+def test_the_job_ends_where_no_node_answers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which cluster is asked is the only thing that is not real."""
+    monkeypatch.setattr(session, "connect", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr("roo_ray.cluster.probe.probe_nodes", lambda *_: ([], ["b 12ab (no module named roo_ray)"]))
+    monkeypatch.setattr(sys, "argv", ["preflight.py", "--config", str(ROOT / "configs/demo.yaml")])
+    job = runpy.run_path(str(ROOT / "jobs/preflight.py"))
+    with pytest.raises(ClusterError, match="no node answers"):
+        job["main"]()
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("fail  nodes")
+    assert "b 12ab (no module named roo_ray) does not answer" in first
+    assert "no node answers" in second
 
 
 def test_versions_equal_on_all_nodes() -> None:
@@ -80,6 +123,12 @@ def test_versions_of_this_machine_fit() -> None:
         (["ray.data_labels={role: data}"], "fail", "no node has ray.data_labels"),
         (["training.gpu=true"], "fail", "room for 0 of 2 workers"),
         (["ray.cpus_per_worker=3"], "fail", "room for 1 of 2 workers"),
+        (["training.workers={min: 1, max: 6}", "ingest.lanes=8"], "ok", "room for 6 workers"),
+        (["training.workers={min: 1, max: 8}", "ingest.lanes=8"], "warn", "room for 6 of 1 to 8 elastic workers"),
+        (["training.workers={min: 7, max: 8}", "ingest.lanes=8"], "fail", "room for 6 of 7 workers"),
+        (["ray.worker_resources={fast: 1}"], "ok", "room for 3 workers"),
+        (["ray.worker_resources={fast: 2}"], "fail", "room for 1 of 2 workers of {'CPU': 1, 'fast': 2.0}"),
+        (["ray.worker_resources={slow: 1}"], "fail", "room for 0 of 2 workers"),
     ],
 )
 def test_places(overrides: list[str], level: str, text: str) -> None:
@@ -93,6 +142,17 @@ def test_gpus_that_torch_does_not_see() -> None:
     level, text = level_and_text(preflight.check_places(demo("training.gpu=true"), [node]))
     assert level == "fail"
     assert "Ray counts 2 GPUs and torch sees 1" in text
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "level"),
+    [("13.0", "570.172.08", "fail"), ("13.0", "580.95.05", "ok"), ("12.8", "570.172.08", "ok"), ("13.0", "", "ok")],
+)
+def test_the_driver_is_recent_enough_for_the_cuda_of_torch(cuda: str, driver: str, level: str) -> None:
+    node = replace(NODE, gpus=2, gpu_names=("L4", "L4"), cuda=cuda, driver=driver)
+    found, text = level_and_text(preflight.check_places(demo("training.gpu=true"), [node]))
+    assert found == level
+    assert ("a machine image with a driver from 580 on" in text) == (level == "fail")
 
 
 @pytest.mark.parametrize(
@@ -117,6 +177,9 @@ def test_job_stop_grace_counts_on_the_head_alone() -> None:
     assert level == "fail"
     assert "RAY_JOB_STOP_WAIT_TIME_S=300" in text
     assert worst(preflight.check_grace([HEAD], checkpoint_s=200)) == "fail"
+    level, text = level_and_text(preflight.check_grace([replace(HEAD, grace_s=math.nan)]))
+    assert level == "fail"
+    assert "no whole number" in text
 
 
 def test_the_plan_fits_into_memory() -> None:
@@ -127,6 +190,9 @@ def test_the_plan_fits_into_memory() -> None:
     on_gpu = demo("training.gpu=true")
     assert worst(preflight.check_plan(10 * GB, [replace(NODE, gpus=1, gpu_memory=24 * GB)], on_gpu)) == "ok"
     assert worst(preflight.check_plan(10 * GB, [HEAD], on_gpu)) == "warn"
+    for activations in (False, True):
+        _, text = level_and_text(preflight.check_plan(10 * GB, [HEAD, NODE], config, activations))
+        assert ("activations not counted" in text) != activations
 
 
 def test_links() -> None:
@@ -140,6 +206,14 @@ def test_links() -> None:
     level, text = level_and_text(preflight.check_links(broken))
     assert level == "fail"
     assert "timed out" in text
+
+    def wrong() -> Links:
+        raise RuntimeError("all-to-all mixes up ranks: [1.0, 0.0]")
+
+    level, text = level_and_text(preflight.check_links(wrong))
+    assert level == "fail"
+    assert "mixes up ranks" in text
+    assert "NCCL_DEBUG" in text
 
 
 def test_what_cannot_be_reached_is_said_without_secrets(tmp_path: Any) -> None:

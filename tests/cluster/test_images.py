@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,9 +17,15 @@ from tests.cluster.heads import ROOT
 from tests.cluster.test_files import CLUSTER, DOCKERFILES, instructions, name_of
 
 IMPORTS = {
-    "Dockerfile.cpu": "import boto3, gcsfs, torchrec, fbgemm_gpu, ray.train, ray.data, mlflow, roo_ray.training.launch",
+    "Dockerfile.cpu": "import boto3, gcsfs, torchrec, fbgemm_gpu, ray.train, ray.data, mlflow\n"
+    "import roo_ray.training.launch\n"
+    "from ray.autoscaler._private.providers import _import_aws, _import_gcp\n"  # as the head's autoscaler does
+    "_import_aws({}), _import_gcp({})\n"
+    "from ray.autoscaler._private.gcp import config; from ray.autoscaler._private.aws import config",
     "mlflow/Dockerfile": "import boto3, psycopg2, google.cloud.storage; from mlflow.server import app",
 }
+
+UNREACHABLE = ("NewConnectionError", "NameResolutionError", "ConnectTimeoutError", "ReadTimeoutError", "ProxyError")
 
 
 def build(path: Path, folder: Path) -> list[str]:
@@ -48,8 +55,12 @@ def build(path: Path, folder: Path) -> list[str]:
                 ["bash", "-ec", arguments], cwd=app, env=env, capture_output=True, text=True, timeout=1500, check=False
             )
             said = (done.stdout + done.stderr)[-3000:]
-            if "Could not find a version" in said or "No matching distribution" in said:
-                pytest.skip(f"the package index here has not all of it: {said.strip().splitlines()[-1]}")
+            if any(words in said for words in UNREACHABLE):
+                pytest.skip(f"the package index cannot be reached: {said.strip().splitlines()[-1]}")
+            if re.search(r"No matching distribution found for torch==\S+\+cpu", said):
+                pytest.skip(
+                    "the package index here has no CPU builds of torch (PIP_EXTRA_INDEX_URL, see docs/cluster.md)"
+                )
             assert done.returncode == 0, said
         elif verb == "CMD":
             command = json.loads(arguments)

@@ -14,7 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from roo_ray.cluster.price_files import read_costs
-from roo_ray.cluster.sizing import Prices, Shape, UnitCosts, cheapest, fit_costs, memory_of, predict, shape_of
+from roo_ray.cluster.sizing import (
+    Prices,
+    Shape,
+    UnitCosts,
+    cheapest,
+    checkpoints_of,
+    fit_costs,
+    fit_exchange,
+    memory_of,
+    predict,
+    shape_of,
+)
 from roo_ray.config import load_config
 from roo_ray.errors import EXIT_BAD_INPUT, EXIT_OK, ConfigError
 from roo_ray.models.ranking import make_towers
@@ -33,7 +44,15 @@ SHAPE = Shape(
     epochs=2,
     lanes=24,
 )
-COSTS = UnitCosts(fixed_s=0.01, per_megaflop_s=1e-4, latency_s=0.002, bandwidth=1e9, start_s=0)
+COSTS = UnitCosts(
+    fixed_s=0.01,
+    per_megaflop_s=1e-4,
+    latency_s=0.002,
+    bandwidth=1e9,
+    start_s=0,
+    step_error=0.12,
+    largest_step_error=0.31,
+)
 PRICES = Prices(trainer_hour=2.0, data_cpu_hour=0.05)
 
 
@@ -45,7 +64,36 @@ def test_a_step_by_hand() -> None:
     assert two.step_s == pytest.approx(0.01 + 0.1 + 0.002 + (exchange + 4e6) / 1e9)
     assert one.memory == pytest.approx(12e9 + 4e6 + 16e6 + 3 * 50_000 * 400)
     assert one.data_cpus == 1
-    assert one.cost == pytest.approx(one.seconds / 3600 * 2.05)
+    assert one.data_nodes == 1
+    assert one.cost == pytest.approx(one.seconds / 3600 * (2.0 + 16 * 0.05))  # a data node is paid whole
+    state = 12e9 + 4e6 + 3 * 4e6
+    assert one.checkpoints == 2
+    assert one.seconds == pytest.approx(2 * 1000 * one.step_s + 2 * state / 2e9 + state / 2e8)
+    fast = COSTS.model_copy(update={"read_requests_per_s": 100.0})
+    assert predict(SHAPE, 1, fast, PRICES).data_cpus == 20  # 400 requests in 0.21 s, 100/s a CPU
+    assert predict(SHAPE, 1, fast, PRICES).data_nodes == 2
+
+
+@pytest.mark.parametrize(
+    ("steps", "minutes", "write_s", "number"),
+    [(None, None, 1.0, 2), (500, None, 1.0, 6), (None, 1.0, 1.0, 9), (500, 1.0, 1.0, 9), (1, None, 60.0, 9)],
+)
+def test_checkpoints_are_counted(steps: int | None, minutes: float | None, write_s: float, number: int) -> None:
+    """Of 2 epochs of 1000 steps in 7 minutes; while one is being written the next one waits."""
+    shape = replace(SHAPE, checkpoint_every_steps=steps, checkpoint_every_minutes=minutes)
+    assert checkpoints_of(shape, 420.0, write_s) == number
+
+
+@given(st.floats(0, 0.1), st.floats(1e6, 1e9), st.floats(1e3, 1e6), st.floats(1.5, 10))
+def test_the_cost_of_an_exchange_is_found_again(latency: float, bandwidth: float, small: float, more: float) -> None:
+    measured = [(sent, latency + sent / bandwidth) for sent in (small, small * more)]
+    found = fit_exchange(measured, 1e10)
+    assert found[1] == pytest.approx(bandwidth, rel=1e-3)
+    assert found[0] == pytest.approx(latency, abs=1e-6 + 1e-3 * small / bandwidth)
+    quick = fit_exchange(measured, bandwidth / 2)
+    assert quick[1] == pytest.approx(bandwidth / 2)
+    with pytest.raises(ConfigError, match="two batch sizes"):
+        fit_exchange([(1.0, 1.0), (1.0, 2.0)], 1e9)
 
 
 @given(st.lists(st.sampled_from([1, 2, 3, 4, 6, 8, 12, 24]), min_size=2, max_size=2, unique=True))
@@ -140,6 +188,11 @@ def test_the_shape_of_a_run_on_real_shards(tmp_path: Path) -> None:
         assert size_of_table > shape.table_bytes[name][0]
     done = size(tmp_path, "--workers", "1,2,4,99", "--deadline", "10h", config="config.yaml")
     assert done.returncode == EXIT_OK, done.stderr
+    assert "12% off in the mean and 31% at most" in " ".join(done.stdout.split())
+    assert "memory without activations" in " ".join(done.stdout.split())
+    on_gpus = size(tmp_path, "training.gpu=true", config="config.yaml")
+    assert on_gpus.returncode == EXIT_BAD_INPUT
+    assert "was measured without GPUs" in on_gpus.stderr
     assert done.stdout.count("cheapest") == 1
     late = size(tmp_path, "--deadline", "0.001s", config="config.yaml")
     assert late.returncode == EXIT_BAD_INPUT

@@ -1,5 +1,6 @@
-"""One run on a cluster that the real autoscaler makes and unmakes: submitted, stopped, submitted again. Its cloud has
-no spot nodes."""
+"""One run on a cluster that the real autoscaler makes and unmakes: submitted, stopped, submitted again, evaluated, and
+its model used. As in the files of cluster/, the head has no CPUs, and data and trainers have nodes of their own. Its
+cloud has no spot nodes."""
 
 from __future__ import annotations
 
@@ -11,21 +12,29 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from mlflow.tracking import MlflowClient
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from roo_ray.cluster.grace import GRACE_VARIABLE
 from roo_ray.errors import EXIT_BAD_INPUT
-from roo_ray.requests.manifest import manifest_versions
+from roo_ray.grace import GRACE_VARIABLE
+from roo_ray.requests.manifest import load_manifest, manifest_versions
 from roo_ray.training.checkpoint import read_state
 from tests.cluster.heads import ROOT, Head, ray_cli, ray_head, submit
 from tests.jobs.small import cli_overrides
 from tests.mlflow_server import Server
 
 NODE_TYPES: dict[str, Any] = {
-    "ray.head.default": {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 0},
+    "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+    "data": {
+        "resources": {"CPU": 2},
+        "labels": {"role": "data", "market": "on_demand"},
+        "node_config": {},
+        "min_workers": 0,
+        "max_workers": 1,
+    },
     **{
         f"trainer_{market}": {
             "resources": {"CPU": 1},
@@ -38,13 +47,18 @@ NODE_TYPES: dict[str, Any] = {
         for market, priority in (("spot", 2), ("on_demand", 1))
     },
 }
-PLACING = ["ray.worker_labels={role: trainer}", "ray.wait_for_nodes_s=200", "ray.data_cpus=2"]
+PLACING = [
+    "ray.worker_labels={role: trainer}",
+    "ray.data_labels={role: data}",
+    "ray.wait_for_nodes_s=200",
+    "ray.data_cpus=2",
+]
 PLACING += ["ray.fall_back_labels={market: on_demand}", "ray.fall_back_after_s=10"]
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    with ray_head(2, {GRACE_VARIABLE: "180"}, NODE_TYPES) as head:
+    with ray_head(0, {GRACE_VARIABLE: "180"}, NODE_TYPES) as head:
         yield head
 
 
@@ -74,11 +88,11 @@ def job_client(head: Head) -> JobSubmissionClient | None:
         return None
 
 
-def trainer_nodes(client: JobSubmissionClient) -> int:
-    """Alive nodes of the autoscaled type, from the dashboard's API."""
+def nodes_for(role: str, client: JobSubmissionClient) -> int:
+    """Alive nodes of the autoscaled types, from the dashboard's API."""
     answer = client._do_request("GET", "/api/v0/nodes").json()
     nodes = answer["data"]["result"]["result"]
-    return sum(node["state"] == "ALIVE" and node["labels"].get("role") == "trainer" for node in nodes)
+    return sum(node["state"] == "ALIVE" and node["labels"].get("role") == role for node in nodes)
 
 
 @pytest.mark.slow
@@ -113,7 +127,7 @@ def test_a_submitted_run_scales_up_stops_with_a_checkpoint_and_goes_on(
     assert client.get_job_status("unpacks") == JobStatus.SUCCEEDED
 
     submit(head, "first", *arguments, "training.epochs=500")
-    assert trainer_nodes(client) == 0
+    assert nodes_for("trainer", client) == nodes_for("data", client) == 0
 
     def trains() -> bool:
         log = client.get_job_logs("first")
@@ -121,7 +135,8 @@ def test_a_submitted_run_scales_up_stops_with_a_checkpoint_and_goes_on(
         return "step 15 " in log
 
     until("the run trains on nodes that were not there", trains, 400)
-    assert trainer_nodes(client) == 2
+    assert nodes_for("trainer", client) == 2
+    assert nodes_for("data", client) == 1
     log = client.get_job_logs("first")
     built, waited = log.index("all accounted for"), log.index("for nodes with 2 x 1 CPU for the trainers")
     assert built < waited  # no node idles while the data is built
@@ -162,4 +177,19 @@ def test_a_submitted_run_scales_up_stops_with_a_checkpoint_and_goes_on(
     assert client.get_job_info("wrong").driver_exit_code == EXIT_BAD_INPUT
     assert "training.epoch: unknown key" in client.get_job_logs("wrong")
 
-    until("idle nodes go", lambda: trainer_nodes(client) == 0, 60)
+    # other jobs, each on the nodes that it wants
+    checkpoint = result["checkpoint"]
+    tracking = [argument for argument in arguments if argument.startswith("tracking.uri=")][-1]
+    where = [*cli_overrides(tmp_path, *PLACING), tracking]
+    submit_too("evaluates", "jobs/evaluate.py", "--config", uri, "--checkpoint", checkpoint, *where)
+    until("the evaluation ends", lambda: client.get_job_status("evaluates") in done, 300)
+    assert client.get_job_status("evaluates") == JobStatus.SUCCEEDED, client.get_job_logs("evaluates")[-3000:]
+    assert "Evaluated" in client.get_job_logs("evaluates")
+    output = tmp_path / "scores"
+    predicts = ["jobs/predict.py", "--config", uri, "--model", checkpoint, "--output", str(output), *where]
+    submit_too("predicts", *predicts)
+    until("the prediction ends", lambda: client.get_job_status("predicts") in done, 300)
+    assert client.get_job_status("predicts") == JobStatus.SUCCEEDED, client.get_job_logs("predicts")[-3000:]
+    assert pq.read_table(output).num_rows == load_manifest(str(tmp_path / "requests")).impressions
+
+    until("idle nodes go", lambda: nodes_for("trainer", client) + nodes_for("data", client) == 0, 90)

@@ -18,8 +18,8 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.state import list_tasks
 
-from roo_ray.cluster.grace import GRACE_VARIABLE
-from roo_ray.errors import EXIT_OK
+from roo_ray.errors import EXIT_BAD_INPUT, EXIT_OK
+from roo_ray.grace import GRACE_VARIABLE
 from tests.cluster.heads import ROOT, free_port
 from tests.jobs.small import cli_overrides
 
@@ -97,6 +97,21 @@ def test_preflight_of_a_cluster(three_nodes: Cluster, tmp_path: Path) -> None:
     assert "object store of 150.0 MB" in lines["object store"]
     assert lines["plan"].startswith("warn")  # no data set yet
     assert not list((tmp_path / "runs").iterdir())  # what it wrote it took away
+
+    # a node that hangs is said first, whatever else there is to say, and whether it answers late or is found dead
+    silent = three_nodes.add_node(num_cpus=0, object_store_memory=150_000_000)
+    raylet = psutil.Process(silent.all_processes["raylet"][0].process.pid)
+    raylet.suspend()
+    try:
+        code, output = finish(start(three_nodes, *arguments))
+    finally:
+        raylet.resume()
+        three_nodes.remove_node(silent, allow_graceful=False)
+    assert code == EXIT_BAD_INPUT, output[-3000:]
+    found = [line for line in output.splitlines() if line[:5].strip() in ("ok", "warn", "fail")]
+    assert found[0].startswith("fail  nodes")
+    assert "does not answer" in found[0]
+    assert found[1].startswith("ok    versions         equal on 3 nodes")
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from roo_ray.training.incremental import (
     Published,
     check_regression,
     config_of_day,
+    days_passed_over,
     days_to_train,
     read_published,
     run_days,
@@ -55,6 +56,9 @@ def test_what_is_published_and_what_is_not(tmp_path: Path) -> None:
     days = ["2024-01-01", "2024-01-02", "2024-01-03"]
     assert days_to_train(settings, days, None) == days
     assert days_to_train(settings, days, published) == days[1:]
+    late = Published(history=[first, _result("2024-01-03", 0.9, 0.9)])  # the second day was not built in time
+    assert days_passed_over(days, late) == ["2024-01-02"]
+    assert days_passed_over(days, published) == days_passed_over(days, None) == []
     with pytest.raises(ConfigError, match="2025-01-01"):
         days_to_train(Incremental(days=["2025-01-01"]), days, None)
 

@@ -19,7 +19,7 @@ from roo_ray.requests.forget import forget_users
 from roo_ray.requests.grouping import explode_requests
 from roo_ray.requests.join import build_requests
 from roo_ray.requests.manifest import Manifest, ShardFile, Unit, load_manifest
-from roo_ray.requests.rebuild import exchange_record, merge_files, same_shards
+from roo_ray.requests.rebuild import exchange_record, merge_files, missing_days, same_shards
 from roo_ray.requests.versions import named_files
 from roo_ray.source_config import ImpressionSource
 from roo_ray.sources.times import day_name
@@ -67,6 +67,13 @@ def test_a_day_is_built_again_and_all_else_is_carried_over(tmp_path: Path, local
     rows = log()
     first = build(settings_for(tmp_path, rows))
     assert first.days == DAYS
+    newest = datetime.date.fromisoformat(DAYS[-1])
+    for after, missing in ((-1, 0), (0, 0), (1, 1), (3, 3)):  # the last after two nights that have failed
+        through = newest + datetime.timedelta(after)
+        days = missing_days(str(tmp_path / "requests"), through)
+        assert len(days) == missing
+        assert days == sorted(days)
+        assert all(DAYS[-1] < day <= through.isoformat() for day in days)
     assert (first.origin.kind, first.origin.parent, first.counts["rows_read"]) == ("full", None, len(rows))
     content = {path: (tmp_path / "requests" / path).read_bytes() for path in named_files(first)}
 
@@ -139,6 +146,8 @@ def test_what_is_refused(tmp_path: Path, local_ray: None) -> None:
     rows = log()
     with pytest.raises(DataError, match=r"has no version yet; build it whole first \(build.days=\[\]\)"):
         build(settings_for(tmp_path, rows, [DAYS[0]]))
+    with pytest.raises(DataError, match="has no day yet, after which others could be missing"):
+        missing_days(str(tmp_path / "requests"), datetime.date(2023, 3, 1))
     first = build(settings_for(tmp_path, rows))
     before = files_below(tmp_path / "requests")
 
