@@ -10,6 +10,7 @@ flat values of one tensor of ``RequestBatch``, so that a tensor is a view of a c
                                    in its window. A window without requests is one row, ``batch`` -1 of 0.
 ``requests``, ``users``, ...       int64 counts of the batch (``diagnostics.STATS``); ``skipped_requests``: of
                                    shards that could not be read, on a window's first row; ``cost`` float64
+``skipped_units``                  int64: the places of these shards' units in the window, on its first row
 ``num_impressions``, ``request_key``, ``user_key``       int64, B_RO values; ``request_time`` float64
 ``impression_index``                                     int64, B_NRO values
 ``split``                          int64, B_RO values, only where requests may be split
@@ -186,6 +187,8 @@ class _Packer:
         self.add("impression_index", ranges(rows.first, rows.counts), self.of_impressions)
         if rows.mark is not None:
             self.add("split", self.per_user(rows.mark), self.of_requests)
+        skipped = np.array(rows.skipped_units, np.int64)
+        self.add("skipped_units", skipped, np.where(np.arange(len(self.of_impressions)), len(skipped), 0))
         self.dense("request")
         self.dense("impression")
         for feature in self.schema.features:

@@ -51,7 +51,8 @@ class UnitRef:
 class Window:
     """What a lane reads at a time: some units, shuffled together. ``index``: its place in the lane.
     ``shuffle``: seed of the shuffle of its requests, None for the stored order. ``by_time``: requests are put in
-    order of their time."""
+    order of their time. ``settled``: of a window whose first batches were taken before a resume, the places of the
+    units that were passed over then (``on_bad_shard: skip``), which are passed over again; None elsewhere."""
 
     epoch: int
     lane: int
@@ -59,6 +60,7 @@ class Window:
     units: tuple[UnitRef, ...]
     shuffle: int | None
     by_time: bool = False
+    settled: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -209,12 +211,12 @@ class EpochPlan:
         """How many windows the lane has; 0 where there are fewer units than lanes."""
         return -(-len(self.lanes[lane]) // self.window_units)
 
-    def window(self, lane: int, index: int) -> Window:
+    def window(self, lane: int, index: int, settled: tuple[int, ...] | None = None) -> Window:
         """The lane's window; its shuffle seed is a function of (seed, epoch, lane, index)."""
         chosen = self.lanes[lane][index * self.window_units : (index + 1) * self.window_units]
         shuffle = derive_seed(self.seed, self.epoch, lane, index) if self.mode == "shuffled" else None
         refs = tuple(self.units.ref(unit) for unit in chosen)
-        return Window(self.epoch, lane, index, refs, shuffle, self.mode == "time")
+        return Window(self.epoch, lane, index, refs, shuffle, self.mode == "time", settled)
 
     def reading_order(self, lanes: Iterable[int], start: Position | None = None) -> Iterator[Window]:
         """The windows of some lanes, in the order in which a consumer that takes one batch of every lane per
@@ -230,7 +232,8 @@ class EpochPlan:
             return
         _, lane_of, index_of = joined = np.concatenate(keys, 1)  # (3, windows)
         for at in np.lexsort(joined[::-1]).tolist():
-            yield self.window(int(lane_of[at]), int(index_of[at]))
+            lane, index = int(lane_of[at]), int(index_of[at])
+            yield self.window(lane, index, start.settled(self.epoch, lane, index) if start else None)
 
 
 def plan_epoch(
@@ -255,10 +258,12 @@ def plan_epoch(
 @dataclass(frozen=True)
 class Position:
     """Where an epoch stands: per lane the window in progress and the batches taken in it. All lanes of the run
-    are in it, whoever owns them: it does not depend on the number of ranks."""
+    are in it, whoever owns them: it does not depend on the number of ranks. ``skipped``: per lane, the places of the
+    units of that window that could not be read and were passed over; empty where there were none in any lane."""
 
     epoch: int
     lanes: tuple[tuple[int, int], ...]
+    skipped: tuple[tuple[int, ...], ...] = ()
 
     def window(self, epoch: int, lane: int) -> int:
         """The first window of the lane that is still to be read in ``epoch``."""
@@ -268,6 +273,12 @@ class Position:
         """How many batches of a window were taken before."""
         at, batches = self.lanes[lane]
         return batches if (epoch, window) == (self.epoch, at) else 0
+
+    def settled(self, epoch: int, lane: int, window: int) -> tuple[int, ...] | None:
+        """The units of a window that were passed over before; None where nothing of it was taken."""
+        if not self.taken(epoch, lane, window):
+            return None
+        return self.skipped[lane] if self.skipped else ()
 
 
 def lanes_of_rank(rank: int, world_size: int, lanes: int) -> list[int]:
