@@ -42,7 +42,7 @@ def read_requests(
     columns = columns_to_read(schema) if columns is None else columns
     formed = units[0].rows is not None  # an impression table
     reader: UnitReader | ClusteredReader
-    reader = ClusteredReader(schema, columns) if formed else UnitReader(data_set, columns)
+    reader = ClusteredReader(schema, columns) if formed else UnitReader(data_set, columns, schema.keys.time)
     tables: list[pa.Table] = []
     good: list[UnitRef] = []
     passed: list[int] = []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from roo_ray.ingest.batch import RequestBatch
 from roo_ray.ingest.budget import batch_bounds
 from roo_ray.ingest.lists import ranges
 from roo_ray.ingest.pack import PackSettings, pack_window
-from roo_ray.ingest.plan import Side, Window, units_of
+from roo_ray.ingest.plan import Side, UnitRef, Window, units_of
 from roo_ray.ingest.tensors import PackedBatches
 from roo_ray.requests.manifest import Manifest
 from roo_ray.schema import Schema, parse_schema
@@ -32,10 +34,12 @@ SCHEMA = shard_maker.schema()
 COUNTS = [1 + i * 5 % 9 for i in range(40)]
 
 
-def window_of(manifest: Manifest, shuffle: int | None = 1) -> Window:
-    """One window of all units."""
+def window_of(manifest: Manifest, shuffle: int | None = 1, known: bool = True) -> Window:
+    """One window of all units; ``known``: with what tells another file from theirs."""
     units = units_of(manifest.files)
     refs = tuple(units.ref(unit) for unit in range(len(units.file)))
+    if not known:
+        refs = tuple(UnitRef(ref.path, ref.row_group, ref.requests) for ref in refs)
     return Window(epoch=3, lane=2, index=5, units=refs, shuffle=shuffle)
 
 
@@ -286,9 +290,46 @@ def test_bad_shards_are_skipped_and_counted_where_that_is_wanted(tmp_path: Path)
     nothing = PackedBatches(pack_window(settings, window), SCHEMA)
     assert (nothing.tags["batches"][0], nothing.counts["skipped_requests"][0]) == (0, 40)
     rows[0] |= {"bought": [9.0] * rows[0]["num_impressions"]}  # bad values are never skipped
-    shard_maker.rewrite(first, rows[:20])
+    manifest = shard_maker.write_data_set(tmp_path, rows, SCHEMA)
     with pytest.raises(DataError, match="labels are 0 or 1"):
+        pack_window(settings, window_of(manifest))
+
+
+def test_another_file_of_as_many_requests_is_noticed(tmp_path: Path) -> None:
+    """By its size, which costs nothing, and where that is the same by its impressions and times: both columns are
+    read anyway."""
+    rows = shard_maker.random_rows(COUNTS[:40], 5)
+    manifest = shard_maker.write_data_set(tmp_path, rows, SCHEMA)
+    first, second = (tmp_path / file.path for file in manifest.files)
+    settings, window = pack_settings(tmp_path), window_of(manifest)
+    pack_window(settings, window)
+    kept = second.read_bytes()
+    second.write_bytes(first.read_bytes())
+    assert len(kept) != second.stat().st_size
+    with pytest.raises(
+        DataError, match=rf"{second.name} has [\d,]+ bytes, the manifest says {len(kept):,}: .*or another"
+    ):
         pack_window(settings, window)
+    skipped = PackedBatches(pack_window(replace(settings, on_bad_shard="skip"), window), SCHEMA)
+    assert sum(skipped.counts["skipped_requests"]) == 20
+
+    def with_rows(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Window:
+        """Other rows in the same file, under the size that it then has."""
+        shard_maker.rewrite(second, [row | change(row) for row in rows[20:]])
+        size = second.stat().st_size
+        units = tuple(replace(u, file_bytes=size) if u.path.endswith(second.name) else u for u in window.units)
+        return replace(window, units=units)
+
+    pack_window(settings, with_rows(lambda row: {}))
+    lists = ("num_impressions", *SCHEMA.impression_columns)
+    other = {name: rows[0][name] for name in lists}
+    with pytest.raises(DataError, match=rf"{second.name}, row group \d: \d+ impressions, the manifest says \d+; "):
+        pack_window(settings, with_rows(lambda row: other if row is rows[23] else {}))
+    later = with_rows(lambda row: {"request_time": row["request_time"] + timedelta(days=1)})
+    with pytest.raises(
+        DataError, match=rf"{second.name}, row group \d: requests of 2024-03-0\dT.*it is another file; "
+    ):
+        pack_window(settings, later)
 
 
 # ---- errors -----------------------------------------------------------------------------------------------
@@ -332,7 +373,7 @@ def test_wrong_values_name_column_request_and_file(
     path = tmp_path / manifest.files[0].path
     shard_maker.rewrite(path, manifest_rows)
     with pytest.raises(DataError) as error:
-        pack_window(pack_settings(tmp_path), window_of(manifest))
+        pack_window(pack_settings(tmp_path), window_of(manifest, known=False))
     message = str(error.value)
     assert words in message
     assert f"request_id={bad['request_id']}" in message
