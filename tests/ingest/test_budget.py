@@ -88,7 +88,7 @@ def test_interleaving_loses_nothing_and_crowds_only_where_users_run_out(requests
         if crowded:  # every other request that was left is of a user who has his fill already
             taken = Counter(batch.tolist())
             assert all(taken[user] >= limit for user in left.tolist())
-    _, beyond = user_stats(bounds, users[order], limit) if len(users) else (None, np.zeros(0))
+    beyond = user_stats(bounds, users[order], limit)[1] if len(users) else np.zeros(0)
     expected = [
         sum(max(n - limit, 0) for n in Counter(users[order[a:b]].tolist()).values())
         for a, b in pairwise(bounds.tolist())
@@ -105,16 +105,25 @@ def test_interleaving_keeps_users_apart_where_it_can() -> None:
 
 
 @limits(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(0, 4)), max_size=40))
-def test_false_negatives_are_counted_as_they_are_defined(positives: list[tuple[int, int, int]]) -> None:
-    positives = sorted(positives)
-    batch, users, items = np.array(positives, np.int64).reshape(-1, 3).T
-    pairs, false = negative_pairs(batch, users, items, 4)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(0, 4), st.booleans()), max_size=40))
+def test_false_negatives_are_counted_as_they_are_defined(pool: list[tuple[int, int, int, bool]]) -> None:
+    pool = sorted(pool)
+    batch, users, items, positive = np.array(pool, np.int64).reshape(-1, 4).T
+    pairs, false = negative_pairs(batch, batch * 5 + users, items, positive > 0, 4)
     for of in range(4):
-        mine = [(u, i) for b, u, i in positives if b == of]
-        ordered = [(a, b) for x, a in enumerate(mine) for y, b in enumerate(mine) if x != y]
-        assert pairs[of] == len(ordered)
-        assert false[of] == sum((user, item) in set(mine) for (user, _), (_, item) in ordered)
+        mine = [(user, item, chosen) for b, user, item, chosen in pool if b == of]
+        others = [(a, b) for x, a in enumerate(mine) if a[2] for y, b in enumerate(mine) if x != y]
+        assert pairs[of] == len(others)
+        assert false[of] == sum(a[0] == b[0] or a[1] == b[1] for a, b in others)
+
+
+def test_the_false_negative_rate_of_a_small_batch() -> None:
+    """User 0 has seen items 7, 8 (clicked) and 9; user 1 has seen 8 (clicked) and 5. Two positives against four others
+    each: of (0, 8) two of the same user and one of the same item are false, of (1, 8) one of each: 5 of 8."""
+    users, items = np.array([0, 0, 0, 1, 1]), np.array([7, 8, 9, 8, 5])
+    clicked = np.array([False, True, False, True, False])
+    pairs, false = negative_pairs(np.zeros(5, np.int64), users, items, clicked, 1)
+    assert (pairs.tolist(), false.tolist()) == ([8], [5])
 
 
 @limits(max_examples=50, deadline=None)

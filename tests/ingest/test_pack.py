@@ -8,6 +8,7 @@ from dataclasses import replace
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from roo_ray.ingest.lists import ranges
 from roo_ray.ingest.pack import PackSettings, pack_window
 from roo_ray.ingest.plan import Side, UnitRef, Window, units_of
 from roo_ray.ingest.tensors import PackedBatches
+from roo_ray.models.retrieval import retrieval_loss
 from roo_ray.requests.manifest import Manifest
 from roo_ray.schema import Schema, parse_schema
 from tests.ingest import shard_maker
@@ -256,12 +258,38 @@ def test_counts_of_a_batch(tmp_path: Path) -> None:
             assert counts["requests"] == starts
             owners = batch.user_key[batch.request_of_impression()].tolist()
             items = batch.impression_ids["item"].values.tolist()
-            positives = [(u, i) for u, i, y in zip(owners, items, batch.labels[:, 0].tolist(), strict=True) if y]
-            assert counts["negative_pairs"] == len(positives) * (len(positives) - 1)
-            pairs = [(a, b) for x, a in enumerate(positives) for y, b in enumerate(positives) if x != y]
-            assert counts["false_pairs"] == sum((u, i) in set(positives) for (u, _), (_, i) in pairs)
+            known = (batch.weights > 0).any(1).tolist()
+            pool = [
+                (u, i, y) for u, i, y, k in zip(owners, items, batch.labels[:, 0].tolist(), known, strict=True) if k
+            ]
+            pairs = [(a, b) for x, a in enumerate(pool) if a[2] for y, b in enumerate(pool) if x != y]
+            assert counts["negative_pairs"] == len(pairs)
+            assert counts["false_pairs"] == sum(a[0] == b[0] or a[1] == b[1] for a, b in pairs)
         everything = sum(packed.counts["requests"])
         assert everything == 40
+
+
+def test_false_negatives_are_what_the_retrieval_loss_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss itself, of each batch: the pairs that it masks, but for a positive and itself."""
+    rows = [row | {"user_id": f"u{n % 6}"} for n, row in enumerate(shard_maker.random_rows(COUNTS[:40], 3))]
+    manifest = shard_maker.write_data_set(tmp_path, rows, SCHEMA)
+    packed = PackedBatches(
+        pack_window(replace(pack_settings(tmp_path), batch_impressions=60), window_of(manifest)), SCHEMA
+    )
+    masks: list[torch.Tensor] = []
+    real = torch.Tensor.masked_fill
+    monkeypatch.setattr(torch.Tensor, "masked_fill", lambda t, mask, v: (masks.append(mask), real(t, mask, v))[1])
+    towers: Any = SimpleNamespace(
+        item="item", positive=0, training=False, log_q=False, temperature=1.0, scores=lambda pairs: pairs.sum(1)
+    )
+    for row in range(packed.rows):
+        batch = packed.batch(row)
+        retrieval_loss(towers, torch.zeros(batch.total_impressions, 4), batch, 1)
+        masked, positives = masks[-1], len(masks[-1])
+        assert packed.counts["negative_pairs"][row] == masked.numel() - positives
+        assert packed.counts["false_pairs"][row] == int(masked.sum()) - positives
+    assert len(masks) == packed.rows > 1
+    assert 0 < sum(packed.counts["false_pairs"]) < sum(packed.counts["negative_pairs"])
 
 
 def test_in_order_of_time(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def gone_on(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What rank 0 found, and the metrics that MLflow has: name -> values."""
     folder = tmp_path_factory.mktemp("going_on")
     rows = random_rows([1 + i % 4 for i in range(2 * REQUESTS)], 9, days=2)
-    rows = [row | {"user_id": n % 3} for n, row in enumerate(rows)]
+    rows = [row | {"user_id": f"u{n % 3}"} for n, row in enumerate(rows)]
     write_data_set(folder / "requests", rows, shard_maker.schema(), row_group=4, file_rows=24)
     (folder / "schema.yaml").write_text(shard_maker.schema().to_yaml())
     content = {"name": "x", "schema": f"{folder}/schema.yaml", "requests": f"{folder}/requests", "ingest": INGEST}
