@@ -182,7 +182,7 @@ def test_mlflow_has_what_was_skipped_and_crowded(gone_on: dict[str, Any]) -> Non
     values = gone_on["mlflow"]
     assert values["epoch/skipped_requests"] == [gone_on["last"]["trained"]["unreadable_requests"]]
     crowded, steps = values["train/crowded_requests"], len(values["train/loss"])
-    assert len(crowded) == steps == 5
+    assert len(crowded) == steps > 3  # a line a step
     assert all(count >= 0 for count in crowded)
     assert sum(crowded) > 0  # 3 users: their requests cannot all be apart
     assert "train/false_negative_rate" in values
