@@ -3,7 +3,8 @@
 Ways of feeding two ranks, over the same shards (10 impressions a request, history 100), two epochs, side by side in
 one run: (a) the floor, pyarrow and collate in one loop; (b) Ray Data used naively; (c) ours in the trainer's thread;
 (d) ours through Ray Data; (e) what a team without request shards has, the impressions of one shard as a log holds them,
-rows of a request side by side, straight to impression-level batches by the loop of (a), the fastest way that we found;
+rows of a request side by side, straight to impression-level batches by the loop of (a), which was faster than forming
+requests first and exploding them (``ingest/clustered.py``), and was compared with no other way;
 (e') request shards, exploded by our reader to the same batches. Then one feed with 8 ranks, and trainings of a model of
 the demo's size, through Ray Data and with the thread, for the share of time that their second epoch waits for data.
 Rates are of the second epoch; with several rounds, of the median round.

@@ -68,7 +68,9 @@ def split_oversize(counts: Integers, costs: RequestCosts, impressions: int | Non
     if cost is not None:
         with np.errstate(divide="ignore", invalid="ignore"):
             room = np.floor((cost - costs.fixed) / costs.slope)
-            room = np.where(costs.fixed + costs.slope * room > cost, room - 1, room)  # the division was rounded up
+            # the division was rounded up, or down
+            room = np.where(costs.fixed + costs.slope * room > cost, room - 1, room)
+            room = np.where(costs.fixed + costs.slope * (room + 1) <= cost, room + 1, room)
         helps = np.isfinite(room) & (room >= 1) & (costs.at(counts) > cost)
         most = np.where(helps, np.minimum(most, np.where(helps, room, 1).astype(np.int64)), most)
     parts = -(-counts // most)

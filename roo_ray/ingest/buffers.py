@@ -17,12 +17,16 @@ from roo_ray.schema import Schema
 
 @dataclass(frozen=True)
 class Taken:
-    """A batch of a lane: the row of a packed window. ``position``: (window, batches taken in it) after it."""
+    """A batch of a lane: the row of a packed window. ``position``: (window, batches taken in it) after it.
+    ``skipped``: requests that could not be read, of its window where it is the first batch, and of windows before
+    that have no batches; ``skipped_units``: of the window in progress after it."""
 
     epoch: int
     position: tuple[int, int]
     packed: PackedBatches
     row: int
+    skipped: int
+    skipped_units: tuple[int, ...]
 
     def batch(self) -> RequestBatch:
         """Its tensors, views of the packed window."""
@@ -30,18 +34,20 @@ class Taken:
 
     def count(self, name: str) -> float:
         """One of its ``pack.COUNTS``."""
-        return self.packed.counts[name][self.row]
+        return self.skipped if name == "skipped_requests" else self.packed.counts[name][self.row]
 
 
 @dataclass
 class LaneBuffer:
     """A lane's batches at hand. ``coming``: windows that have yet to arrive, over all epochs; ``coming_of``: per
-    epoch; ``expected``: the next window of each epoch."""
+    epoch; ``expected``: the next window of each epoch; ``skipped``: per epoch, requests that could not be read, which
+    no batch has told of yet."""
 
     batches: deque[Taken] = field(default_factory=deque)
     coming: int = 0
     coming_of: dict[int, int] = field(default_factory=dict)
     expected: dict[int, int] = field(default_factory=dict)
+    skipped: dict[int, int] = field(default_factory=dict)
 
 
 class Buffers:
@@ -61,7 +67,6 @@ class Buffers:
                 buffer.expected[plan.epoch] = first
                 buffer.coming_of[plan.epoch] = max(plan.num_windows(lane) - first, 0)
             buffer.coming = sum(buffer.coming_of.values())
-        self.skipped_requests = 0
         self.changed = threading.Condition()
         self.error: BaseException | None = None
         self.stopped = False
@@ -104,11 +109,13 @@ class Buffers:
             lane = self.lanes[lane_id]
             if window != lane.expected[epoch]:
                 raise RuntimeError(f"lane {lane_id} of epoch {epoch} got window {window}, not {lane.expected[epoch]}")
+            if not done:  # else the checkpoint has counted them
+                skipped = int(packed.counts["skipped_requests"][0])
+                lane.skipped[epoch] = lane.skipped.get(epoch, 0) + skipped
             for batch in range(done, batches):
-                after = (window, batch + 1) if batch + 1 < batches else (window + 1, 0)
-                lane.batches.append(Taken(epoch, after, packed, batch))
-            if not done:
-                self.skipped_requests += int(packed.counts["skipped_requests"][0])
+                amid = batch + 1 < batches
+                after, units = ((window, batch + 1), packed.skipped_units) if amid else ((window + 1, 0), ())
+                lane.batches.append(Taken(epoch, after, packed, batch, lane.skipped.pop(epoch, 0), units))
             lane.expected[epoch] += 1
             lane.coming -= 1
             lane.coming_of[epoch] -= 1
@@ -136,6 +143,13 @@ class Buffers:
                 if self.stopped:
                     raise RuntimeError("the stream is closed")
                 self.changed.wait()
+
+    def at_end(self, lane_id: int, epoch: int) -> tuple[int, int]:
+        """(windows of a lane that ``take`` has come to the end of, requests that could not be read since its last
+        batch: told once)."""
+        lane = self.lanes[lane_id]
+        with self.changed:
+            return lane.expected[epoch], lane.skipped.pop(epoch, 0)
 
     def stop(self) -> None:
         """Ends the reading thread; what it reads at the moment is dropped."""

@@ -8,17 +8,19 @@ while a unit is read, so that user features leave the reader once per request.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from roo_ray.errors import DataError
 from roo_ray.ingest.plan import UnitRef
-from roo_ray.ingest.read import NUM_IMPRESSIONS, BadShard
+from roo_ray.ingest.read import NUM_IMPRESSIONS, BadShard, refuse_another_file
 from roo_ray.requests.manifest import Manifest, ShardFile, Unit, manifest_versions, publish_manifest
 from roo_ray.schema import Schema
 from roo_ray.sources.base import ParquetInput, common_schema, open_parquet, plain_type, read_footers
@@ -28,7 +30,11 @@ from roo_ray.sources.hashing import Hashes, hash_rows
 from roo_ray.sources.times import day_name, epoch_seconds, utc_days
 from roo_ray.storage import open_filesystem
 
+Integers = npt.NDArray[np.int64]
+
 THREADS = 8
+BATCH_ROWS = 8192  # decoded at a time
+INDEX = "index it again with jobs/index_impressions.py"
 MIXED_DAYS = ""
 """``ShardFile.day`` of a file whose requests are of several days."""
 
@@ -69,48 +75,88 @@ def form_requests(table: pa.Table, schema: Schema, columns: Sequence[str]) -> pa
     return pa.table(formed)
 
 
+class RowCursor:
+    """Reads runs of rows of a Parquet file. Runs that are asked for in order share the decoding of their row group,
+    and beside a run no more than ``BATCH_ROWS`` rows are held, whatever the size of the row group."""
+
+    def __init__(self, file: pq.ParquetFile, columns: Sequence[str]) -> None:
+        self.file, self.columns = file, list(columns)
+        rows = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+        self.starts: Integers = np.cumsum([0, *rows])
+        self._batches: Iterator[pa.RecordBatch] | None = None
+        self._rest = pa.RecordBatch.from_pylist([])
+        self._at = 0  # the row of the file that the rest begins with
+
+    def _decode(self, group: int) -> Iterator[pa.RecordBatch]:
+        for number in range(group, self.file.metadata.num_row_groups):
+            yield from self.file.iter_batches(BATCH_ROWS, [number], self.columns, use_threads=False)
+
+    def read(self, begin: int, count: int) -> pa.Table:
+        """``count`` rows from the file's row ``begin`` on, which it must have."""
+        group = int(np.searchsorted(self.starts, begin, side="right")) - 1
+        if self._batches is None or not self.starts[group] <= self._at <= begin:
+            self._batches, self._at = self._decode(group), int(self.starts[group])
+            self._rest = self._rest.slice(0, 0)
+        parts: list[pa.RecordBatch] = []
+        while count:
+            if not self._rest.num_rows:
+                self._rest = next(self._batches)
+            passed = min(begin - self._at, self._rest.num_rows)
+            part = self._rest.slice(passed, count)
+            self._at += passed + part.num_rows
+            self._rest = self._rest.slice(passed + part.num_rows)
+            if part.num_rows:
+                parts.append(part)
+                begin, count = begin + part.num_rows, count - part.num_rows
+        return pa.Table.from_batches(parts)
+
+
 class ClusteredReader:
-    """Reads units of an impression table as request rows; keeps the last file open."""
+    """Reads units of an impression table as request rows; keeps the last file open, and its place in it."""
 
     def __init__(self, schema: Schema, columns: Sequence[str]) -> None:
         self.schema, self.columns = schema, list(columns)
         wanted = [*columns, *schema.keys.impression, *([schema.keys.position] if schema.keys.position else [])]
         self.stored = [name for name in dict.fromkeys(wanted) if name != NUM_IMPRESSIONS]
-        self._open: tuple[str, pq.ParquetFile, list[int]] | None = None
+        self._open: tuple[str, RowCursor] | None = None
 
-    def _file(self, path: str) -> tuple[str, pq.ParquetFile, list[int]]:
+    def _rows(self, unit: UnitRef) -> RowCursor:
+        path = unit.path
         if self._open is None or self._open[0] != path:
             filesystem, inner = open_filesystem(path)
-            file = pq.ParquetFile(filesystem.open_input_file(inner))
-            rows = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-            self._open = (path, file, np.cumsum([0, *rows]).tolist())
-        return self._open
+            local = isinstance(filesystem, pafs.LocalFileSystem)
+            file = pq.ParquetFile(filesystem.open_input_file(inner), pre_buffer=not local)
+            size = data_bytes(file.metadata)
+            if unit.file_bytes and size != unit.file_bytes:
+                raise BadShard(
+                    f"{path} has {size:,} bytes of data, the index says {unit.file_bytes:,}: it is another file; "
+                    f"{INDEX}"
+                )
+            self._open = (path, RowCursor(file, self.stored))
+        return self._open[1]
 
     def read(self, unit: UnitRef) -> pa.Table:
         """The unit's request rows. Raises BadShard where the file is missing, damaged or changed."""
         assert unit.rows is not None
         begin, count = unit.rows
-        index = "index it again with jobs/index_impressions.py"
         try:
-            _, file, starts = self._file(unit.path)
-            left = int(np.searchsorted(starts, begin, side="right")) - 1
-            right = int(np.searchsorted(starts, begin + count, side="left"))
-            if begin + count > starts[-1]:
-                raise BadShard(f"{unit.path} has {starts[-1]} rows, fewer than the manifest says; {index}")
-            table = file.read_row_groups(list(range(left, right)), columns=self.stored, use_threads=False)
+            rows = self._rows(unit)
+            if begin + count > rows.starts[-1]:
+                raise BadShard(f"{unit.path} has {rows.starts[-1]} rows, fewer than the manifest says; {INDEX}")
+            table = rows.read(begin, count)
         except FileNotFoundError:
-            raise BadShard(f"{unit.path} is missing; restore it, or {index}") from None
+            raise BadShard(f"{unit.path} is missing; restore it, or {INDEX}") from None
         except (OSError, pa.ArrowException) as error:
+            self._open = None
             reason = " ".join(str(error).split())[:200]
             raise BadShard(
-                f"{unit.path} cannot be read, it is truncated or damaged ({reason}); restore it, or {index}"
+                f"{unit.path} cannot be read, it is truncated or damaged ({reason}); restore it, or {INDEX}"
             ) from None
-        requests = form_requests(table.slice(begin - starts[left], count), self.schema, self.columns)
+        name = f"{unit.path}, rows {begin} to {begin + count}"
+        refuse_another_file(unit, table, self.schema.keys.time, name, INDEX)
+        requests = form_requests(table, self.schema, self.columns)
         if requests.num_rows != unit.requests:
-            raise BadShard(
-                f"{unit.path}, rows {begin} to {begin + count}: {requests.num_rows} requests, the manifest says "
-                f"{unit.requests}; {index}"
-            )
+            raise BadShard(f"{name}: {requests.num_rows} requests, the manifest says {unit.requests}; {INDEX}")
         return requests
 
 
@@ -129,6 +175,35 @@ def _uri(root: str, inner: str) -> str:
     """The path as a reader opens it: with the scheme of the configured path."""
     scheme, separator, _ = root.partition("://")
     return f"{scheme}://{inner}" if separator and scheme != "file" else inner
+
+
+def data_bytes(metadata: pq.FileMetaData) -> int:
+    """Bytes of a file's row groups before compression, from its footer."""
+    return sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+
+
+def unit_starts(requests: Integers, groups: Integers, most: int) -> tuple[npt.NDArray[np.bool_], Integers]:
+    """How the runs of a file, which lie in one piece each, become units of up to ``most`` requests (or one run).
+
+    ``requests`` (runs,) of each run, ``groups`` (runs,) the row group that it begins in. Row groups are not cut where
+    they fit; larger ones become units of about equal sizes. Returns, each (runs,): whether the run begins a unit; the
+    row group that its unit shares with others, or -1.
+    """
+    of_group = np.bincount(groups, requests).astype(np.int64)
+    block_of_group = np.zeros(len(of_group), np.int64)
+    block, filled = 0, 0
+    for group, count in enumerate(of_group.tolist()):
+        if filled and filled + count > most:
+            block, filled = block + 1, 0
+        block_of_group[group] = block
+        filled += count
+    block_of = block_of_group[groups]
+    total = np.bincount(block_of, requests).astype(np.int64)
+    parts = -(-total // most)  # units of each block
+    before = np.cumsum(requests) - requests - (np.cumsum(total) - total)[block_of]  # within the block
+    part = before * parts[block_of] // total[block_of]
+    opens = np.concatenate([[True], (part[1:] != part[:-1]) | (block_of[1:] != block_of[:-1])])
+    return opens, np.where(parts[block_of] > 1, groups, -1)
 
 
 def _index_file(item: ParquetInput, schema: Schema, cluster: Sequence[str], unit_requests: int) -> _Indexed:
@@ -150,9 +225,10 @@ def _index_file(item: ParquetInput, schema: Schema, cluster: Sequence[str], unit
     new = np.concatenate([[True], (keys[order][1:] != keys[order][:-1]) | (run[order][1:] != run[order][:-1])])
     pieces = order[new]
     requests_of_run = np.bincount(run[pieces])
-    before = np.cumsum(requests_of_run) - requests_of_run
-    opens = np.concatenate([[True], before[1:] // unit_requests != before[:-1] // unit_requests])  # (runs,)
     first_of_run = np.flatnonzero(np.concatenate([[True], run[1:] != run[:-1]]))
+    sizes = [item.metadata.row_group(group).num_rows for group in range(item.metadata.num_row_groups)]
+    group_of_run = np.searchsorted(np.cumsum(sizes), first_of_run, side="right")
+    opens, shared = unit_starts(requests_of_run, group_of_run, unit_requests)
     starts = first_of_run[opens]
     stops = np.append(starts[1:], rows)
     requests = np.add.reduceat(requests_of_run, np.flatnonzero(opens))
@@ -166,17 +242,17 @@ def _index_file(item: ParquetInput, schema: Schema, cluster: Sequence[str], unit
             first_row=int(start),
             time_min=float(seconds[start:stop].min()),
             time_max=float(seconds[start:stop].max()),
+            row_group=int(group) if group >= 0 else None,
         )
-        for r, start, stop in zip(requests, starts, stops, strict=True)
+        for r, start, stop, group in zip(requests, starts, stops, shared[opens], strict=True)
     ]
-    size = sum(item.metadata.row_group(group).total_byte_size for group in range(item.metadata.num_row_groups))
     entry = ShardFile(
         path=_uri(item.root, item.path),
         day=day_name(int(days[0])) if (days == days[0]).all() else MIXED_DAYS,
         requests=len(pieces),
         impressions=rows,
         tokens=0,
-        bytes=size,
+        bytes=data_bytes(item.metadata),
         time_min=float(seconds.min()),
         time_max=float(seconds.max()),
         units=units,

@@ -1,8 +1,9 @@
 """What the order of requests does to batches, counted where they are packed: requests of one user side by side
 bias batch statistics, and turn in-batch negatives false.
 
-An in-batch negative of a positive impression a (user u) is another positive b of the batch. It is false where u
-has a positive on b's item in the batch: because b is the user's own, or because the item is the same.
+The in-batch negatives of a positive impression are all other impressions of its batch that have a label, as in
+retrieval's loss (``models/retrieval.py``). Those of the same user or of the same item are false ones: what the loss
+masks. They are counted for the first label, and within a lane's batch, where the loss sees all lanes' batches together.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ Integers = npt.NDArray[np.int64]
 
 STATS = ("requests", "users", "crowded", "negative_pairs", "false_pairs")
 """int64 per batch: requests (parts of a split one count once); distinct users; requests of a user beyond the
-limit of ``ingest.interleave``; ordered pairs of positives, and those of them that are false negatives."""
+limit of ``ingest.interleave``; pairs of a positive and an in-batch negative, and those of them that are false."""
 
 
 def _codes(batch: Integers, values: Integers) -> tuple[Integers, Integers]:
@@ -27,8 +28,9 @@ def _codes(batch: Integers, values: Integers) -> tuple[Integers, Integers]:
     return codes, counts
 
 
-def user_stats(bounds: Integers, users: Integers, limit: int | None) -> tuple[Integers, Integers]:
-    """((batches,) distinct users, (batches,) requests beyond ``limit`` of their user); users (B,) in packed order."""
+def user_stats(bounds: Integers, users: Integers, limit: int | None) -> tuple[Integers, Integers, Integers]:
+    """((batches,) distinct users, (batches,) requests beyond ``limit`` of their user, (B,) a number from 0 on per
+    distinct user of a batch); users (B,) in packed order."""
     batches = len(bounds) - 1
     batch = np.repeat(np.arange(batches), np.diff(bounds))
     codes, counts = _codes(batch, users)
@@ -36,19 +38,32 @@ def user_stats(bounds: Integers, users: Integers, limit: int | None) -> tuple[In
     of[codes] = batch
     distinct = np.bincount(of, minlength=batches)
     if limit is None:
-        return distinct, np.zeros(batches, np.int64)
+        return distinct, np.zeros(batches, np.int64), codes
     beyond = np.bincount(of, np.maximum(counts - limit, 0), minlength=batches).astype(np.int64)
-    return distinct, beyond
+    return distinct, beyond, codes
 
 
-def negative_pairs(batch: Integers, users: Integers, items: Integers, batches: int) -> tuple[Integers, Integers]:
-    """((batches,) pairs of a positive and its in-batch negative, (batches,) false ones); batch, users, items (P,)
-    of the positive impressions."""
-    positives = np.bincount(batch, minlength=batches)
-    of_user, user_counts = _codes(batch, users)
-    of_item, item_counts = _codes(batch, items)
-    _, first = np.unique(of_user * (len(item_counts) + 1) + of_item, return_index=True)
-    # every (user, item) that is a positive: each positive of the user against each positive on the item
-    products = user_counts[of_user[first]] * item_counts[of_item[first]]
-    false = np.bincount(batch[first], products, minlength=batches).astype(np.int64) - positives
-    return positives * (positives - 1), false
+def _equal(codes: Integers, of: Integers) -> Integers:
+    """(len(of),) how many ``codes`` (N,) are equal to each of ``of``, which are among them."""
+    ordered = np.sort(codes)
+    begins = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])) if len(codes) else codes
+    equal: Integers = np.diff(np.append(begins, len(codes)))[np.searchsorted(ordered[begins], of)]
+    return equal
+
+
+def negative_pairs(
+    batch: Integers, users: Integers, items: Integers, positive: npt.NDArray[np.bool_], batches: int
+) -> tuple[Integers, Integers]:
+    """((batches,) pairs of a positive and another impression of its batch, (batches,) those of the same user or item).
+
+    Of the impressions that have a label, each (N,): ``batch``; ``users``, a small number per user of a batch, as
+    ``user_stats`` gives them; ``items``, from 0 on; ``positive``.
+    """
+    pool, positives = np.bincount(batch, minlength=batches), np.bincount(batch[positive], minlength=batches)
+    width = items.max(initial=0) + 1
+    of_item, of_pair = batch * width + items, users * width + items
+    same_user = np.bincount(users)[users[positive]] if len(users) else users
+    same_item, both = _equal(of_item, of_item[positive]), _equal(of_pair, of_pair[positive])
+    same = same_user + same_item - both - 1  # without the positive itself
+    false = np.bincount(batch[positive], same, minlength=batches).astype(np.int64)
+    return positives * (pool - 1), false

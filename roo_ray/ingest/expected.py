@@ -77,7 +77,7 @@ def _batches_of_lane(config: Config, plan: EpochPlan, lane: int, share: float, c
     chosen, units, ingest = plan.lanes[lane], plan.units, config.ingest
     if not len(chosen):
         return 0.0
-    starts = np.arange(0, len(chosen), plan.window_units)
+    starts = plan.bounds[lane][:-1]
     sums = [np.add.reduceat(of[chosen], starts) for of in (units.requests, units.impressions, units.tokens)]
     requests, impressions, tokens = (total.astype(np.float64) for total in sums)
     impressions, tokens = impressions / requests, tokens / requests

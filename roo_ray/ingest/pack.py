@@ -10,6 +10,7 @@ flat values of one tensor of ``RequestBatch``, so that a tensor is a view of a c
                                    in its window. A window without requests is one row, ``batch`` -1 of 0.
 ``requests``, ``users``, ...       int64 counts of the batch (``diagnostics.STATS``); ``skipped_requests``: of
                                    shards that could not be read, on a window's first row; ``cost`` float64
+``skipped_units``                  int64: the places of these shards' units in the window, on its first row
 ``num_impressions``, ``request_key``, ``user_key``       int64, B_RO values; ``request_time`` float64
 ``impression_index``                                     int64, B_NRO values
 ``split``                          int64, B_RO values, only where requests may be split
@@ -186,6 +187,8 @@ class _Packer:
         self.add("impression_index", ranges(rows.first, rows.counts), self.of_impressions)
         if rows.mark is not None:
             self.add("split", self.per_user(rows.mark), self.of_requests)
+        skipped = np.array(rows.skipped_units, np.int64)
+        self.add("skipped_units", skipped, np.where(np.arange(len(self.of_impressions)), len(skipped), 0))
         self.dense("request")
         self.dense("impression")
         for feature in self.schema.features:
@@ -206,13 +209,18 @@ class _Packer:
             cost = rows.batch_costs
             whole = np.ones(len(rows.rows), np.int64) if rows.mark is None else (rows.mark < 2).astype(np.int64)
             counted["requests"] = np.add.reduceat(whole, rows.bounds[:-1])
-            counted["users"], counted["crowded"] = user_stats(rows.bounds, rows.users, rows.settings.interleave)
+            counted["users"], counted["crowded"], users = user_stats(rows.bounds, rows.users, rows.settings.interleave)
             if self.items is not None:
-                positive = np.flatnonzero(self.columns["labels"].values.to_numpy()[:: len(self.schema.labels)])
-                batch = np.searchsorted(self.of_impressions, positive, side="right") - 1
-                users = rows.users[np.searchsorted(np.cumsum(rows.counts), positive, side="right")]
-                pairs = negative_pairs(batch, users, self.items[positive], batches)
-                counted["negative_pairs"], counted["false_pairs"] = pairs
+                tasks = len(self.schema.labels)
+                known = self.columns["weights"].values.to_numpy().reshape(-1, tasks) > 0
+                pool = known.any(1)
+                positive = (self.columns["labels"].values.to_numpy()[::tasks] > 0) & known[:, 0]
+                batch = np.repeat(np.arange(batches), np.diff(self.of_impressions))
+                of_user = np.repeat(users, rows.counts)
+                of_each = (batch, of_user, self.items, positive)
+                if not pool.all():
+                    of_each = (batch[pool], of_user[pool], self.items[pool], positive[pool])
+                counted["negative_pairs"], counted["false_pairs"] = negative_pairs(*of_each, batches)
         named = counted | {"skipped_requests": skipped, "cost": cost}
         return {name: pa.array(values) for name, values in named.items()}
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -36,8 +37,10 @@ PLAN_FORMAT = 2
 @dataclass(frozen=True)
 class UnitRef:
     """A row group to read: ``path`` relative to the data set, ``requests`` in it as the manifest counts, and its
-    ``impressions`` and history events (``tokens``), for estimates. ``rows``: of a unit of an impression table, the
-    first row in the file and how many."""
+    ``impressions`` and history events (``tokens``). ``rows``: of a unit of an impression table, the first row in the
+    file and how many. By the rest another file is told from the one that the manifest is of: ``file_bytes``, its size
+    (``ShardFile.bytes``; 0 where not known), and the time range that all its requests are in, seconds since the
+    epoch."""
 
     path: str
     row_group: int
@@ -45,13 +48,17 @@ class UnitRef:
     rows: tuple[int, int] | None = None
     impressions: int = 0
     tokens: int = 0
+    file_bytes: int = 0
+    time_min: float = -math.inf
+    time_max: float = math.inf
 
 
 @dataclass(frozen=True)
 class Window:
     """What a lane reads at a time: some units, shuffled together. ``index``: its place in the lane.
     ``shuffle``: seed of the shuffle of its requests, None for the stored order. ``by_time``: requests are put in
-    order of their time."""
+    order of their time. ``settled``: of a window whose first batches were taken before a resume, the places of the
+    units that were passed over then (``on_bad_shard: skip``), which are passed over again; None elsewhere."""
 
     epoch: int
     lane: int
@@ -59,21 +66,26 @@ class Window:
     units: tuple[UnitRef, ...]
     shuffle: int | None
     by_time: bool = False
+    settled: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Units:
     """The row groups of some shard files, in stored order, as columns: all arrays are (U,) int64, but the times
     of the first and last request, (U,) float64 seconds: the unit's where the manifest knows them, else the
-    file's. ``first_row``: of a unit of an impression table, its first row in the file; -1 in request shards."""
+    file's. ``first_row``: of a unit of an impression table, its first row in the file; -1 in request shards.
+    ``shared``: the row group that several units of an impression table share; -1 where it is no such unit.
+    ``file_bytes`` (files,): of ``paths``."""
 
     paths: tuple[str, ...]
+    file_bytes: tuple[int, ...]
     file: Integers
     row_group: Integers
     requests: Integers
     impressions: Integers
     tokens: Integers
     first_row: Integers
+    shared: Integers
     time_min: npt.NDArray[np.float64]
     time_max: npt.NDArray[np.float64]
 
@@ -91,13 +103,24 @@ class Units:
             rows,
             int(self.impressions[unit]),
             int(self.tokens[unit]),
+            self.file_bytes[self.file[unit]],
+            float(self.time_min[unit]),
+            float(self.time_max[unit]),
         )
 
 
 def units_of(files: Sequence[ShardFile]) -> Units:
     """The units of shard files, in the files' order. Units without requests are left out: nothing to read."""
     rows = [
-        (f, g, unit.requests, unit.impressions, unit.tokens, -1 if unit.first_row is None else unit.first_row)
+        (
+            f,
+            g,
+            unit.requests,
+            unit.impressions,
+            unit.tokens,
+            -1 if unit.first_row is None else unit.first_row,
+            -1 if unit.row_group is None else unit.row_group,
+        )
         for f, file in enumerate(files)
         for g, unit in enumerate(file.units)
         if unit.requests
@@ -111,10 +134,11 @@ def units_of(files: Sequence[ShardFile]) -> Units:
         for unit in file.units
         if unit.requests
     ]
-    of_file, group, requests, impressions, tokens, first_row = np.array(rows, np.int64).reshape(-1, 6).T
+    of_file, group, requests, impressions, tokens, first_row, shared = np.array(rows, np.int64).reshape(-1, 7).T
     first, last = np.array(times, np.float64).reshape(-1, 2).T
     paths = tuple(file.path for file in files)
-    return Units(paths, of_file, group, requests, impressions, tokens, first_row, first, last)
+    sizes = tuple(file.bytes for file in files)
+    return Units(paths, sizes, of_file, group, requests, impressions, tokens, first_row, shared, first, last)
 
 
 # ---- seeded randomness ----------------------------------------------------------------------------------
@@ -196,25 +220,27 @@ def deal_in_rounds(costs: npt.NDArray[np.float64], order: Integers, lanes: int) 
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """Which units each lane reads in an epoch, in order. ``lanes``: one array of unit indices per lane."""
+    """Which units each lane reads in an epoch, in order. ``lanes``: one array of unit indices per lane;
+    ``bounds``: where the lane's windows begin in it, and its end, (windows + 1,)."""
 
     epoch: int
     units: Units
     lanes: tuple[Integers, ...]
-    window_units: int
+    bounds: tuple[Integers, ...]
     mode: Mode
     seed: int
 
     def num_windows(self, lane: int) -> int:
         """How many windows the lane has; 0 where there are fewer units than lanes."""
-        return -(-len(self.lanes[lane]) // self.window_units)
+        return len(self.bounds[lane]) - 1
 
-    def window(self, lane: int, index: int) -> Window:
+    def window(self, lane: int, index: int, settled: tuple[int, ...] | None = None) -> Window:
         """The lane's window; its shuffle seed is a function of (seed, epoch, lane, index)."""
-        chosen = self.lanes[lane][index * self.window_units : (index + 1) * self.window_units]
+        begin, end = self.bounds[lane][index : index + 2]
+        chosen = self.lanes[lane][begin:end]
         shuffle = derive_seed(self.seed, self.epoch, lane, index) if self.mode == "shuffled" else None
         refs = tuple(self.units.ref(unit) for unit in chosen)
-        return Window(self.epoch, lane, index, refs, shuffle, self.mode == "time")
+        return Window(self.epoch, lane, index, refs, shuffle, self.mode == "time", settled)
 
     def reading_order(self, lanes: Iterable[int], start: Position | None = None) -> Iterator[Window]:
         """The windows of some lanes, in the order in which a consumer that takes one batch of every lane per
@@ -224,41 +250,87 @@ class EpochPlan:
         for lane in lanes:
             windows = np.arange(start.window(self.epoch, lane) if start else 0, self.num_windows(lane))
             before = np.concatenate([[0], np.cumsum(self.units.impressions[self.lanes[lane]])])
-            begun = before[windows * self.window_units]
+            begun = before[self.bounds[lane][windows]]
             keys.append(np.stack([begun - (begun[0] if len(begun) else 0), np.full(len(windows), lane), windows]))
         if not keys:
             return
         _, lane_of, index_of = joined = np.concatenate(keys, 1)  # (3, windows)
         for at in np.lexsort(joined[::-1]).tolist():
-            yield self.window(int(lane_of[at]), int(index_of[at]))
+            lane, index = int(lane_of[at]), int(index_of[at])
+            yield self.window(lane, index, start.settled(self.epoch, lane, index) if start else None)
 
 
 def plan_epoch(
     units: Units, *, seed: int, epoch: int, lanes: int, window_units: int, mode: Mode = "shuffled"
 ) -> EpochPlan:
-    """The plan of an epoch. ``shuffled``: units in an order seeded by (seed, epoch), requests shuffled within
-    windows. ``time``: units and the requests in them by time, every V consecutive units across the V lanes.
-    ``sequential``: everything in stored order, consecutive units across the lanes.
+    """The plan of an epoch. ``shuffled``: units (``block_starts``: or blocks of them) in an order seeded by (seed,
+    epoch), requests shuffled within windows. ``time``: units and the requests in them by time, every V consecutive
+    units across the V lanes. ``sequential``: everything in stored order, consecutive units across the lanes.
 
     Raises DataError for ``time`` where the layout is not time-ordered.
     """
     costs = unit_costs(units)
     if mode == "time":
         dealt = deal_in_rounds(costs, time_order(units), lanes)
-    else:
-        shuffled = mode == "shuffled"
-        order = permutation(len(units), derive_seed(seed, epoch)) if shuffled else np.arange(len(units))
+        return EpochPlan(epoch, units, dealt, _even_windows(dealt, window_units), mode, seed)
+    starts = block_starts(units, window_units)
+    blocks = len(starts) - 1
+    order = permutation(blocks, derive_seed(seed, epoch)) if mode == "shuffled" else np.arange(blocks)
+    if blocks == len(units):
         dealt = deal(costs, order, lanes)
-    return EpochPlan(epoch, units, dealt, window_units, mode, seed)
+        return EpochPlan(epoch, units, dealt, _even_windows(dealt, window_units), mode, seed)
+    of_lane = deal(np.add.reduceat(costs, starts[:-1]), order, lanes)
+    dealt = tuple(_ranges(starts[of], starts[of + 1]) for of in of_lane)
+    bounds = tuple(_windows_of_blocks(np.diff(starts)[of], window_units) for of in of_lane)
+    return EpochPlan(epoch, units, dealt, bounds, mode, seed)
+
+
+def block_starts(units: Units, most: int) -> Integers:
+    """(blocks + 1,) the first unit of each block, and the end: units that are read together. As a row group of an
+    impression table is decoded from its beginning for whatever is read of it, up to ``most`` neighbours in it are a
+    block, of about equal sizes; all others are blocks of one."""
+    if not (units.shared >= 0).any():
+        return np.arange(len(units) + 1)
+    same = (units.file[1:] == units.file[:-1]) & (units.shared[1:] == units.shared[:-1]) & (units.shared[1:] >= 0)
+    runs = np.flatnonzero(np.concatenate([[True], ~same]))  # of units of one row group
+    length = np.diff(np.append(runs, len(units)))
+    blocks = -(-length // most)
+    place = np.arange(len(units)) - np.repeat(runs, length)
+    block = place * np.repeat(blocks, length) // np.repeat(length, length)  # within the run
+    begins = np.concatenate([[True], (block[1:] != block[:-1]) | ~same])
+    return np.append(np.flatnonzero(begins), len(units))
+
+
+def _ranges(starts: Integers, ends: Integers) -> Integers:
+    lengths = ends - starts
+    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    ranges: Integers = np.repeat(starts, lengths) + within
+    return ranges
+
+
+def _even_windows(lanes: Sequence[Integers], window_units: int) -> tuple[Integers, ...]:
+    return tuple(np.append(np.arange(0, len(lane), window_units), len(lane)) for lane in lanes)
+
+
+def _windows_of_blocks(sizes: Integers, most: int) -> Integers:
+    """(windows + 1,) bounds, in units, of windows of whole blocks of ``sizes`` units that are not above ``most``."""
+    bounds, end = [0], 0
+    for size in sizes.tolist():
+        if end > bounds[-1] and end + size - bounds[-1] > most:
+            bounds.append(end)
+        end += size
+    return np.array([*bounds, end] if end else [0], np.int64)
 
 
 @dataclass(frozen=True)
 class Position:
     """Where an epoch stands: per lane the window in progress and the batches taken in it. All lanes of the run
-    are in it, whoever owns them: it does not depend on the number of ranks."""
+    are in it, whoever owns them: it does not depend on the number of ranks. ``skipped``: per lane, the places of the
+    units of that window that could not be read and were passed over; empty where there were none in any lane."""
 
     epoch: int
     lanes: tuple[tuple[int, int], ...]
+    skipped: tuple[tuple[int, ...], ...] = ()
 
     def window(self, epoch: int, lane: int) -> int:
         """The first window of the lane that is still to be read in ``epoch``."""
@@ -268,6 +340,12 @@ class Position:
         """How many batches of a window were taken before."""
         at, batches = self.lanes[lane]
         return batches if (epoch, window) == (self.epoch, at) else 0
+
+    def settled(self, epoch: int, lane: int, window: int) -> tuple[int, ...] | None:
+        """The units of a window that were passed over before; None where nothing of it was taken."""
+        if not self.taken(epoch, lane, window):
+            return None
+        return self.skipped[lane] if self.skipped else ()
 
 
 def lanes_of_rank(rank: int, world_size: int, lanes: int) -> list[int]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from roo_ray.errors import DataError
 from roo_ray.ingest.plan import UnitRef
 from roo_ray.schema import Schema
+from roo_ray.sources.times import epoch_seconds, is_time_type
 from roo_ray.storage import open_filesystem
 
 NUM_IMPRESSIONS = "num_impressions"
+REBUILD = "the data set's files must stay as they were published; restore it or build the data set again"
 
 
 def columns_to_read(schema: Schema) -> list[str]:
@@ -34,21 +38,54 @@ class BadShard(DataError):
     """A file that is missing, damaged, or not what the manifest says."""
 
 
-class UnitReader:
-    """Reads units of one data set; keeps the last file open, as units of a window are often neighbours."""
+CLOCK = 1e-3  # seconds: what the same time may differ by in the manifest and in a column of another unit
 
-    def __init__(self, data_set: str, columns: Sequence[str]) -> None:
-        self.data_set = data_set
+
+def refuse_another_file(unit: UnitRef, table: pa.Table, time: str | None, name: str, advice: str) -> None:
+    """Raises BadShard where the rows of a unit (of requests or of impressions) cannot be those that the manifest
+    counts, although they are as many: by their impressions and their times. What costs a pass over two columns of
+    numbers. ``time``: the time column; ``name``: of file and rows."""
+    columns = table.column_names
+    if unit.impressions and NUM_IMPRESSIONS in columns:
+        impressions = pc.sum(table.column(NUM_IMPRESSIONS)).as_py()
+        if impressions != unit.impressions:
+            raise BadShard(f"{name}: {impressions} impressions, the manifest says {unit.impressions}; {advice}")
+    if time is None or time not in columns or not is_time_type(table.column(time).type):
+        return
+    times = table.column(time)
+    if times.null_count or not len(times):
+        return  # said where times are read, with the request
+    seconds = epoch_seconds(times)
+    first, last = float(seconds.min()), float(seconds.max())
+    if first < unit.time_min - CLOCK or last > unit.time_max + CLOCK:
+        span = [np.datetime64(round(end * 1000), "ms") for end in (first, last, unit.time_min, unit.time_max)]
+        raise BadShard(
+            f"{name}: requests of {span[0]} to {span[1]}, the manifest says {span[2]} to {span[3]}: it is another "
+            f"file; {advice}"
+        )
+
+
+class UnitReader:
+    """Reads units of one data set; keeps the last file open, as units of a window are often neighbours. ``time``: the
+    column of the requests' time, where it is among the ``columns``."""
+
+    def __init__(self, data_set: str, columns: Sequence[str], time: str | None = None) -> None:
+        self.data_set, self.time = data_set, time
         self.columns = list(columns)
         self.filesystem, self.base = open_filesystem(data_set)
         self._open: tuple[str, pq.ParquetFile] | None = None
 
-    def _file(self, path: str) -> pq.ParquetFile:
+    def _file(self, path: str, size: int) -> pq.ParquetFile:
         if self._open is not None and self._open[0] == path:
             return self._open[1]
         local = isinstance(self.filesystem, pafs.LocalFileSystem)
         source = self.filesystem.open_input_file(f"{self.base}/{path}")
         info = self.filesystem.get_file_info(f"{self.base}/{path}")
+        if size and info.size is not None and info.size != size:
+            raise BadShard(
+                f"{self.data_set}/{path} has {info.size:,} bytes, the manifest says {size:,}: it is truncated or "
+                f"damaged, or another file; {REBUILD}"
+            )
         key = (self.data_set, path, info.size, info.mtime_ns)
         file = pq.ParquetFile(source, pre_buffer=not local, metadata=_footers.get(key))
         if key not in _footers:
@@ -66,24 +103,25 @@ class UnitReader:
         return file
 
     def read(self, unit: UnitRef) -> pa.Table:
-        """The unit's rows. Raises DataError where the file is missing, damaged, changed or lacks a column."""
+        """The unit's rows. Raises DataError where the file lacks a column, and BadShard where it is missing, damaged,
+        or another one than the manifest is of."""
         name = f"{self.data_set}/{unit.path}"
-        rebuild = "the data set's files must stay as they were published; restore it or build the data set again"
         try:
-            file = self._file(unit.path)
+            file = self._file(unit.path, unit.file_bytes)
             if unit.row_group >= file.metadata.num_row_groups:
-                raise BadShard(f"{name} has no row group {unit.row_group}, which the manifest lists; {rebuild}")
+                raise BadShard(f"{name} has no row group {unit.row_group}, which the manifest lists; {REBUILD}")
             table = file.read_row_group(unit.row_group, columns=self.columns, use_threads=False)
         except FileNotFoundError:
-            raise BadShard(f"{name} is missing; {rebuild}") from None
+            raise BadShard(f"{name} is missing; {REBUILD}") from None
         except (OSError, pa.ArrowException) as error:
             reason = " ".join(str(error).split())[:200]
-            raise BadShard(f"{name} cannot be read, it is truncated or damaged ({reason}); {rebuild}") from None
+            raise BadShard(f"{name} cannot be read, it is truncated or damaged ({reason}); {REBUILD}") from None
         if table.num_rows != unit.requests:
             raise BadShard(
                 f"{name}, row group {unit.row_group}: {table.num_rows} requests, the manifest says "
-                f"{unit.requests}; {rebuild}"
+                f"{unit.requests}; {REBUILD}"
             )
+        refuse_another_file(unit, table, self.time, f"{name}, row group {unit.row_group}", REBUILD)
         return table
 
 

@@ -16,11 +16,13 @@ from roo_ray.schema import Schema
 
 @dataclass(frozen=True)
 class ReadRequests:
-    """Request rows of ``units``, one after the other. ``skipped``: requests of units that could not be read."""
+    """Request rows of ``units``, one after the other. ``skipped``: requests of units that could not be read;
+    ``skipped_units``: the places of these among those asked for."""
 
     table: pa.Table
     units: tuple[UnitRef, ...]
     skipped: int
+    skipped_units: tuple[int, ...] = ()
 
 
 def read_requests(
@@ -29,29 +31,40 @@ def read_requests(
     schema: Schema,
     on_bad_shard: Literal["fail", "skip"] = "fail",
     columns: Sequence[str] | None = None,
+    settled: tuple[int, ...] | None = None,
 ) -> ReadRequests:
     """The columns that batches are made of (or just ``columns``) of several units. At least one unit.
 
-    Raises DataError where a file lacks a column, and, unless they are to be skipped, BadShard where it cannot be
-    read or is not what the manifest says.
+    ``settled``: exactly these were passed over when a part of the units' requests was trained on, and so they are
+    again, whether they can be read by now or not. Raises DataError where a file lacks a column, and, unless it is to
+    be skipped, BadShard where it cannot be read or is not what the manifest says.
     """
     columns = columns_to_read(schema) if columns is None else columns
     formed = units[0].rows is not None  # an impression table
     reader: UnitReader | ClusteredReader
-    reader = ClusteredReader(schema, columns) if formed else UnitReader(data_set, columns)
+    reader = ClusteredReader(schema, columns) if formed else UnitReader(data_set, columns, schema.keys.time)
     tables: list[pa.Table] = []
     good: list[UnitRef] = []
-    for unit in units:
+    passed: list[int] = []
+    for place, unit in enumerate(units):
+        if settled is not None and place in settled:
+            passed.append(place)
+            continue
         try:
             tables.append(reader.read(unit))
             good.append(unit)
-        except BadShard:
+        except BadShard as error:
             if on_bad_shard == "fail":
                 raise
-    skipped = sum(unit.requests for unit in units) - sum(unit.requests for unit in good)
-    if not tables:
-        return ReadRequests(_no_rows(schema), (), skipped)
-    return ReadRequests(join_units(data_set, tables, good), tuple(good), skipped)
+            if settled is not None:
+                raise BadShard(
+                    f"{error}. It cannot be skipped (ingest.on_bad_shard) this time: the checkpoint was taken amid a "
+                    "window that has it, and without it requests would be trained on twice or not at all"
+                ) from None
+            passed.append(place)
+    skipped = sum(units[place].requests for place in passed)
+    table = join_units(data_set, tables, good) if tables else _no_rows(schema)
+    return ReadRequests(table, tuple(good), skipped, tuple(passed))
 
 
 def _no_rows(schema: Schema) -> pa.Table:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,8 @@ class Step:
     ``lanes_alive``: the rank's lanes that delivered; with 0 the batch is the weightless dummy, and ``requests``
     and ``impressions`` are 0. ``wait_seconds``: what the trainer spent on getting the step: waiting for its
     batches and joining them. ``counts``: ``pack.COUNTS``, summed over the lanes; ``cost`` among them.
-    ``position``: per lane of this rank (window in progress, batches taken in it) after this step.
+    ``position``: per lane of this rank (window in progress, batches taken in it) after this step;
+    ``skipped_units``: of that window, the places of the units that could not be read (``Position``).
     """
 
     batch: RequestBatch
@@ -43,6 +44,7 @@ class Step:
     wait_seconds: float
     counts: dict[str, float] = field(default_factory=dict)
     position: dict[int, tuple[int, int]] = field(default_factory=dict)
+    skipped_units: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 class RankStream:
@@ -51,6 +53,7 @@ class RankStream:
     ``settings.epochs``; leaving one early passes over its rest.
 
     ``feed``: what all ranks share (``shared_feed``); with the Ray Data reader and none, the rank has its own.
+    ``skipped_requests``: of shards that could not be read (``on_bad_shard: skip``), in the steps so far.
     Raises DataError for a data set or a side without data, ConfigError for more ranks than lanes.
     """
 
@@ -61,6 +64,7 @@ class RankStream:
         self._left = list(settings.epochs)
         start = settings.start
         self._start = start
+        self.skipped_requests = 0
         self._feed = feed  # the process that opened it keeps it alive, until all ranks are done
         lanes = self.lanes
         self._buffers = Buffers(plans, lanes, settings.schema, settings.ingest.prefetch_batches, start)
@@ -81,11 +85,6 @@ class RankStream:
         )
         self._thread.start()
 
-    @property
-    def skipped_requests(self) -> int:
-        """Requests of unreadable shards that the reader has passed over so far (``on_bad_shard: skip``)."""
-        return self._buffers.skipped_requests
-
     def epoch(self, epoch: int) -> Iterator[Step]:
         """The steps of an epoch on this rank: each step joins the batches of the lanes, in lane order; a
         drained lane contributes nothing. Raises the reader's DataError; ValueError for an epoch not to come."""
@@ -98,22 +97,27 @@ class RankStream:
         dummy = dummy_batch(self.settings.schema)
         start = self._start
         position = {lane: start.lanes[lane] if start and start.epoch == epoch else (0, 0) for lane in self.lanes}
+        units: dict[int, tuple[int, ...]] = {}
         while True:
             began = time.perf_counter()
             taken = {lane: self._buffers.take(lane, epoch) for lane in self.lanes}
             parts: list[Taken] = []
+            skipped = 0
             for lane, part in taken.items():
                 if part is not None:
                     parts.append(part)
-                    position[lane] = part.position
-            if not parts:
-                yield Step(dummy, 0, 0, 0, time.perf_counter() - began, NO_COUNTS, dict(position))
-                continue
-            batch = RequestBatch.concat([part.batch() for part in parts])
-            counts = {name: sum(part.count(name) for part in parts) for name in COUNTS}
+                    position[lane], units[lane] = part.position, part.skipped_units
+                else:
+                    windows, passed = self._buffers.at_end(lane, epoch)
+                    position[lane], units[lane] = (windows, 0), ()
+                    skipped += passed
+            batch = RequestBatch.concat([part.batch() for part in parts]) if parts else dummy
+            counts = {name: sum((part.count(name) for part in parts), start=0.0) for name in COUNTS}
+            counts["skipped_requests"] += skipped
+            self.skipped_requests += int(counts["skipped_requests"])
             waited = time.perf_counter() - began
-            requests, impressions = int(counts["requests"]), batch.total_impressions
-            yield Step(batch, len(parts), requests, impressions, waited, counts, dict(position))
+            requests, impressions = int(counts["requests"]), batch.total_impressions if parts else 0
+            yield Step(batch, len(parts), requests, impressions, waited, counts, dict(position), dict(units))
 
     def close(self) -> None:
         """Ends the reader and waits for its thread."""
@@ -130,6 +134,10 @@ def shared_feed(settings: StreamSettings, world_size: int) -> Any:
     return open_feed(settings, owners, held_cpus(world_size))
 
 
-def whole_position(epoch: int, lanes: dict[int, tuple[int, int]]) -> Position:
-    """A run's position from that of all its lanes."""
-    return Position(epoch, tuple(lanes[lane] for lane in sorted(lanes)))
+def whole_position(
+    epoch: int, lanes: Mapping[int, tuple[int, int]], skipped: Mapping[int, tuple[int, ...]] | None = None
+) -> Position:
+    """A run's position from that of all its lanes: (window in progress, batches taken in it), and the places of the
+    units of that window that were passed over, where any were."""
+    units = tuple((skipped or {}).get(lane, ()) for lane in sorted(lanes))
+    return Position(epoch, tuple(lanes[lane] for lane in sorted(lanes)), units if any(units) else ())

@@ -18,8 +18,8 @@ from roo_ray.schema import Schema
 
 
 class PackedBatches:
-    """The batches of a packed table (``pack.py``): ``tags`` and ``counts`` are its columns of one value per batch,
-    ``batch(row)`` its batches."""
+    """The batches of a packed window (``pack.py``): ``tags`` and ``counts`` are its columns of one value per batch,
+    ``skipped_units`` the places of its units that could not be read, ``batch(row)`` its batches."""
 
     def __init__(self, table: pa.Table, schema: Schema) -> None:
         table = table.combine_chunks()  # no copy where Ray delivers a block in one piece
@@ -35,6 +35,7 @@ class PackedBatches:
                 lists = table.column(name).chunk(0)
                 self._values[name] = torch.from_dlpack(lists.values)
                 self._offsets[name] = lists.offsets.to_numpy().tolist()
+        self.skipped_units: tuple[int, ...] = tuple(self._flat("skipped_units", 0).tolist())
         longest = [max(np.diff(self._offsets[name]), default=0) for name in ("num_impressions", "impression_index")]
         self._ones = torch.ones(int(max(longest, default=0)), dtype=torch.int64)
 

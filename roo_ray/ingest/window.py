@@ -63,8 +63,15 @@ class WindowRows:
     def __init__(self, settings: PackSettings, window: Window, read: ReadRequests | None = None) -> None:
         self.settings, self.window, self.schema = settings, window, settings.schema
         self._columns: dict[str, pa.Array] = {}
-        read = read or read_requests(settings.data_set, window.units, self.schema, settings.on_bad_shard)
-        self.table, self.units, self.skipped = read.table, read.units, read.skipped
+        read = read or read_requests(
+            settings.data_set, window.units, self.schema, settings.on_bad_shard, settled=window.settled
+        )
+        self.table, self.units, self.skipped, self.skipped_units = (
+            read.table,
+            read.units,
+            read.skipped,
+            read.skipped_units,
+        )
         keys = hash_rows(self.table, self.schema.keys.request)
         mine = rows_of_side(keys, settings.holdout, settings.side)
         self.rows = np.arange(self.table.num_rows) if mine is None else np.flatnonzero(mine)

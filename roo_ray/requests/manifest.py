@@ -29,7 +29,8 @@ FORMAT = 1
 class Unit(Strict):
     """A row group: the smallest thing that is read. ``tokens``: history events of all its requests.
     ``first_row``: of a unit of an impression table (``ingest/clustered.py``), its first row in the file; its
-    rows are its impressions. ``time_min``, ``time_max``: of its requests, seconds since the epoch (UTC); None in
+    rows are its impressions; ``row_group``: the row group of the file that it shares with its neighbours, where
+    there are several units in one. ``time_min``, ``time_max``: of its requests, seconds since the epoch (UTC); None in
     manifests that were written without them, which keep their text and digest."""
 
     requests: int
@@ -38,12 +39,15 @@ class Unit(Strict):
     first_row: int | None = None
     time_min: float | None = None
     time_max: float | None = None
+    row_group: int | None = None
 
     @model_serializer(mode="wrap")
-    def _without_unknown_times(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_what_is_unknown(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         content: dict[str, Any] = serialize(self)
         if self.time_min is None:
             del content["time_min"], content["time_max"]
+        if self.row_group is None:
+            del content["row_group"]
         return content
 
 

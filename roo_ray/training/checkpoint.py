@@ -59,8 +59,9 @@ class RunState(Strict):
     """Where a run stands. ``epoch``: epochs done; ``step``: steps done in all; the rest says what the weights
     belong to, so that a checkpoint alone can be evaluated. ``plan``: what decides the order of the data.
     ``position``: within an epoch, where it stands: per lane (window in progress, batches taken in it), whatever
-    the number of ranks. ``trained``: of that epoch so far, or of the last whole one: requests, impressions and
-    the sum of the request keys modulo 2^64, which tells whether two runs saw the same requests.
+    the number of ranks; ``position_skipped``: per lane, the units of that window that could not be read
+    (``ingest.plan.Position``). ``trained``: of that epoch so far, or of the last whole one: requests, impressions and
+    the sum of the request keys modulo 2^64, which tells whether two runs saw the same requests; and what was left out.
     ``metrics``: the last held-out metrics. ``skipped``: batches left out so far because their loss was not finite
     (``training.on_nan``). ``seconds``: in training steps so far (``training.max_seconds``). ``packed``: what lies in
     the checkpoint's large tensors (``packing``). ``files``: the other files of the checkpoint, with their bytes; empty
@@ -74,6 +75,7 @@ class RunState(Strict):
     data_digest: str
     plan: dict[str, Any]
     position: list[tuple[int, int]] | None = None
+    position_skipped: list[list[int]] = Field(default_factory=list)
     trained: dict[str, int] = Field(default_factory=dict)
     metrics: dict[str, float | None] = Field(default_factory=dict)
     skipped: int = 0

@@ -9,18 +9,25 @@ import torch.distributed as dist
 
 from roo_ray.ingest.stream import Step
 
-NAMES = ("requests", "impressions", "keys", "skipped_requests")
+NAMES = ("requests", "impressions", "keys", "skipped_requests", "unreadable_requests")
+
+
+def unreadable(step: Step) -> int:
+    """Requests of shards that could not be read, which a step passes over (``ingest.on_bad_shard: skip``)."""
+    return int(step.counts.get("skipped_requests", 0))
 
 
 @dataclass
 class Counts:
     """``before``: over all ranks, until this worker group began: requests, impressions, sum of the request keys
-    modulo 2^64, and the requests of batches that were left out; the rest: this rank since then."""
+    modulo 2^64, the requests of batches that were left out, and those of shards that could not be read; the rest:
+    this rank since then."""
 
     before: tuple[int, ...]
     requests: int = 0
     impressions: int = 0
     skipped_requests: int = 0
+    unreadable_requests: int = 0
     keys: torch.Tensor | None = None
 
     @staticmethod
@@ -30,6 +37,7 @@ class Counts:
 
     def add(self, step: Step, skipped: bool = False) -> None:
         """Counts a step of this rank."""
+        self.unreadable_requests += unreadable(step)  # also of lanes that have nothing else left
         if not step.lanes_alive:
             return
         if skipped:
@@ -43,7 +51,8 @@ class Counts:
     def over_ranks(self, device: torch.device) -> dict[str, int]:
         """The sums over all ranks, by ``NAMES`` (collective)."""
         keys = 0 if self.keys is None else int(self.keys)
-        total = torch.tensor([self.requests, self.impressions, keys, self.skipped_requests], device=device)
+        ours = [self.requests, self.impressions, keys, self.skipped_requests, self.unreadable_requests]
+        total = torch.tensor(ours, device=device)
         dist.all_reduce(total)
         sums = [(b + t) % 2**64 for b, t in zip(self.before, total.tolist(), strict=True)]
         return dict(zip(NAMES, sums, strict=True))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from roo_ray.config import Evaluation
 from roo_ray.ingest.device import on_device
@@ -92,6 +93,11 @@ def evaluate(
         if metric in ("ne", "auc") and math.isfinite(value):  # NaN without an oracle: there is no such figure
             values[f"eval/{task}/bayes_{metric}"] = value
     values |= throughput.over_ranks(device, "eval")
+    skipped = torch.tensor([stream.skipped_requests], device=device)
+    dist.all_reduce(skipped)
+    if int(skipped):
+        values["eval/skipped_requests"] = float(skipped)
+        say(f"held out: {int(skipped):,} requests of shards that cannot be read were skipped (ingest.on_bad_shard)")
     task = schema.labels[0].name
     say(
         f"held out: {values['eval/requests']:,.0f} requests  {task} NE {values[f'eval/{task}/ne']:.4f}  "

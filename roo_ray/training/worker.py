@@ -20,9 +20,9 @@ from ray.train.torch import get_device
 from roo_ray import session
 from roo_ray.allocator import keep_freed_memory
 from roo_ray.config import Config, Holdout
-from roo_ray.errors import ConfigError, Evicted, RooError, Stopped, TrainingDiverged
+from roo_ray.errors import Evicted, RooError, Stopped, TrainingDiverged
 from roo_ray.ingest.device import on_device
-from roo_ray.ingest.plan import Position, differences
+from roo_ray.ingest.plan import Position
 from roo_ray.ingest.stream import RankStream, Step, StreamSettings, shared_feed
 from roo_ray.metrics.collection import RankingMetrics
 from roo_ray.metrics.curves import CURVES_FILE
@@ -33,9 +33,10 @@ from roo_ray.redact import guard_process
 from roo_ray.training import checkpoint, evaluation
 from roo_ray.training.agreement import Flags
 from roo_ray.training.clock import TrainingClock
-from roo_ray.training.counts import Counts
+from roo_ray.training.counts import Counts, unreadable
 from roo_ray.training.job import WorkerJob
 from roo_ray.training.order import OrderStats
+from roo_ray.training.positions import position_over_ranks, refuse_another_stream
 from roo_ray.training.requests_of import request_ids
 from roo_ray.training.saver import KEEP_SCORE, Saver, keep_score, name_of
 from roo_ray.training.sharding import ShardedModel, shard
@@ -229,7 +230,8 @@ class Worker:
                 window = Window(self.tasks, self.device)
                 trainer.times = window.times
             if saves:
-                self.save({}, self.position_of(epoch, step), wait=leaves)
+                position = position_over_ranks(epoch, step, ingest.lanes, ingest.window_units, self.device)
+                self.save({}, position, wait=leaves)
             if leaves:
                 self.leave(agreement.any("stop"))
             last = step
@@ -238,8 +240,10 @@ class Worker:
         self.trained_to = self.position if last is None else self.position_of(epoch, last)
         if ingest.drop_last and not trainer.clock.is_over():
             self.count_dropped(trainer.left, coming, epoch)
-        metrics = total.over_ranks(self.device, "epoch") | self.unreadable(stream)
+        elif not trainer.left.lanes_alive:  # the end, not the clock's: what lanes passed over behind their last batches
+            self.counts.add(trainer.left)
         counted = self.counts.over_ranks(self.device)
+        metrics = total.over_ranks(self.device, "epoch") | self.unreadable(counted, epoch)
         if counted["skipped_requests"]:
             metrics["epoch/not_finite_requests"] = float(counted["skipped_requests"])
             metrics["epoch/not_finite_batches"] = float(self.skipped)
@@ -280,21 +284,24 @@ class Worker:
         dropped = 0
         while step.lanes_alive:
             dropped += step.requests
+            self.counts.unreadable_requests += unreadable(step)
             step = next(steps)
+        self.counts.unreadable_requests += unreadable(step)
         total = torch.tensor([dropped], device=self.device)
         dist.all_reduce(total)
         if int(total):
             self.logger.metrics({"epoch/dropped_requests": float(total)}, self.steps_done)
             self.say(f"epoch {epoch + 1}: ingest.drop_last drops the last {int(total):,} requests")
 
-    def unreadable(self, stream: RankStream) -> dict[str, float]:
-        """What ``ingest.on_bad_shard: skip`` has passed over so far, where it has (collective)."""
-        total = torch.tensor([stream.skipped_requests], device=self.device)
-        dist.all_reduce(total)
-        if not int(total):
+    def unreadable(self, counted: dict[str, int], epoch: int) -> dict[str, float]:
+        """What ``ingest.on_bad_shard: skip`` has passed over in an epoch, where it has."""
+        skipped = counted["unreadable_requests"]
+        if not skipped:
             return {}
-        self.say(f"{int(total):,} requests of shards that cannot be read were skipped so far (ingest.on_bad_shard)")
-        return {"epoch/skipped_requests": float(total)}
+        self.say(
+            f"epoch {epoch + 1}: {skipped:,} requests of shards that cannot be read were skipped (ingest.on_bad_shard)"
+        )
+        return {"epoch/skipped_requests": float(skipped)}
 
     def log_window(self, epoch: int, window: Window) -> None:
         """Logs the steps since the last call, over all ranks (collective)."""
@@ -323,15 +330,6 @@ class Worker:
 
     # ---- checkpoints ---------------------------------------------------------------------------------
 
-    def position_of(self, epoch: int, step: Step) -> Position:
-        """The run's position after a step, from all ranks' lanes (collective)."""
-        lanes = torch.zeros((self.config.ingest.lanes, 2), dtype=torch.int64)
-        for lane, at in step.position.items():
-            lanes[lane] = torch.tensor(at)
-        lanes = lanes.to(self.device)
-        dist.all_reduce(lanes)
-        return Position(epoch, tuple((window, taken) for window, taken in lanes.tolist()))
-
     def run_tensors(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds beside the model: the metrics of all training so far, and this rank's random
         number generators."""
@@ -348,12 +346,8 @@ class Worker:
             state = checkpoint.load(folder, self.model, run)
         if weights_only:
             return
-        changed = differences(state.plan, self.job.plan)
-        if self.job.mode == "train" and changed:
-            raise ConfigError(
-                f"the run cannot go on from {source.path}, because its data would come in another order: "
-                f"{'; '.join(changed)}; restore this, or choose another run_name"
-            )
+        if self.job.mode == "train":
+            refuse_another_stream(source.path, state.plan, self.job.plan)
         self.epochs_done, self.steps_done, self.skipped = state.epoch, state.step, state.skipped
         self.clock.go_on(state.seconds, within=state.position is not None)
         self.saved_as = name_of(state.epoch, state.step)
@@ -364,7 +358,8 @@ class Worker:
         if self.device.type == "cuda" and f"rng_cuda_{self.rank}" in run:
             torch.cuda.set_rng_state(run[f"rng_cuda_{self.rank}"], self.device)
         if state.position is not None:
-            self.position = Position(state.epoch, tuple(state.position))
+            skipped = tuple(tuple(units) for units in state.position_skipped)
+            self.position = Position(state.epoch, tuple(state.position), skipped)
             self.counts = Counts.since(state.trained)
 
     def save(self, metrics: dict[str, float], position: Position | None = None, wait: bool = False) -> None:
@@ -381,6 +376,7 @@ class Worker:
             data_digest=self.job.data_digest,
             plan=self.job.plan,
             position=None if position is None else list(position.lanes),
+            position_skipped=[] if position is None else [list(units) for units in position.skipped],
             trained=self.counts.over_ranks(self.device),
             metrics=checkpoint.finite(metrics),
             skipped=self.skipped,

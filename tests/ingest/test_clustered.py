@@ -3,11 +3,13 @@ where a request does not lie in one piece."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,10 +17,11 @@ from hypothesis import strategies as st
 
 from roo_ray.config import Holdout, Ingest
 from roo_ray.errors import DataError
-from roo_ray.ingest.clustered import index_impressions
+from roo_ray.ingest import clustered
+from roo_ray.ingest.clustered import index_impressions, unit_starts
 from roo_ray.ingest.holdout import select_files
 from roo_ray.ingest.pack import PackSettings, pack_window
-from roo_ray.ingest.plan import UnitRef, Window, units_of
+from roo_ray.ingest.plan import UnitRef, Window, block_starts, units_of
 from roo_ray.ingest.stream import RankStream, StreamSettings
 from roo_ray.ingest.tensors import PackedBatches
 from roo_ray.requests.grouping import group_impressions
@@ -48,10 +51,12 @@ def pack_settings(folder: Path) -> PackSettings:
     return PackSettings(str(folder), SCHEMA, Holdout(by="request", fraction=1e-12), "train", 20)
 
 
-def rows_of(folder: Path, manifest: Manifest, schema: Schema = SCHEMA) -> list[dict[str, Any]]:
-    """What the batches of an indexed table hold, request by request, in stored order."""
+def rows_of(
+    folder: Path, manifest: Manifest, schema: Schema = SCHEMA, order: list[int] | None = None
+) -> list[dict[str, Any]]:
+    """What the batches of an indexed table hold, request by request, its units in stored order or another one."""
     units = units_of(manifest.files)
-    window = Window(0, 0, 0, tuple(units.ref(unit) for unit in range(len(units))), None)
+    window = Window(0, 0, 0, tuple(units.ref(unit) for unit in order or range(len(units))), None)
     packed = PackedBatches(pack_window(pack_settings(folder), window), schema)
     return [row for batch in range(packed.rows) for row in observed(packed.batch(batch))]
 
@@ -72,9 +77,10 @@ def by_build(folder: Path, rows: list[dict[str, Any]]) -> dict[int, dict[str, An
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=25),
     row_group=st.integers(1, 12),
     unit_requests=st.integers(1, 8),
+    shuffled=st.randoms(),
 )
 def test_requests_are_those_of_a_build(
-    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], row_group: int, unit_requests: int
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], row_group: int, unit_requests: int, shuffled: Any
 ) -> None:
     folder = tmp_path_factory.mktemp("clustered")
     rows = impressions(sizes)
@@ -84,9 +90,11 @@ def test_requests_are_those_of_a_build(
     starts = [unit.first_row for unit in manifest.files[0].units]
     assert starts == sorted(set(starts))
     assert all(unit.requests <= unit_requests for unit in manifest.files[0].units)
-    got, expected = rows_of(folder / "index", manifest), by_build(folder / "built", rows)
-    assert len(got) == len(expected) == len(sizes)
-    assert all(same(row, expected[row["request_key"]]) for row in got)
+    expected, order = by_build(folder / "built", rows), list(range(len(starts)))
+    shuffled.shuffle(order)
+    for got in (rows_of(folder / "index", manifest), rows_of(folder / "index", manifest, order=order)):
+        assert len({row["request_key"] for row in got}) == len(got) == len(expected) == len(sizes)
+        assert all(same(row, expected[row["request_key"]]) for row in got)
 
 
 def test_a_table_clustered_by_session_has_its_requests_interleaved(tmp_path: Path) -> None:
@@ -154,3 +162,80 @@ def test_files_of_mixed_days_cannot_be_held_out_by_day(tmp_path: Path) -> None:
     manifest = index_impressions(str(tmp_path / "index"), [str(tmp_path / "log")], SCHEMA)
     with pytest.raises(DataError, match=r"a\.parquet holds requests of several days.*holdout\.by=request"):
         select_files(manifest, Holdout(), "train")
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 12), st.integers(0, 3)), min_size=1, max_size=60),
+    st.integers(1, 12),
+)
+@settings(max_examples=80, deadline=None)
+def test_units_keep_row_groups_whole_where_they_fit(runs: list[tuple[int, int]], most: int) -> None:
+    """Runs of so many requests, each so many row groups behind the one before."""
+    requests, groups = np.array([size for size, _ in runs]), np.cumsum([0, *[step for _, step in runs[1:]]])
+    opens, shared = unit_starts(requests, groups, most)
+    assert opens[0]
+    unit = np.cumsum(opens) - 1
+    sizes = np.bincount(unit, requests)
+    of_group = np.bincount(groups, requests)
+    for number in range(len(sizes)):
+        mine = unit == number
+        assert sizes[number] <= most - 1 + requests[mine].max()
+        assert sizes[number] <= most or len(set(groups[mine])) == 1
+        if len(set(groups[mine])) > 1:  # whole ones alone
+            assert sizes[number] == of_group[sorted(set(groups[mine]))].sum()
+    for group in np.unique(groups):
+        units = set(unit[groups == group])
+        assert len(units) <= -(-of_group[group] // most)
+        assert set(shared[groups == group]) == ({group} if of_group[group] > most else {-1})
+
+
+def counted_decodes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(row group, rows decoded of it) of each decoding from now on."""
+    decodes: list[tuple[int, int]] = []
+    real = pq.ParquetFile.iter_batches
+
+    def counted(self: pq.ParquetFile, rows: int, groups: list[int], columns: list[str], **how: Any) -> Iterator[Any]:
+        decodes.append((groups[0], 0))
+        at = len(decodes) - 1
+        for batch in real(self, rows, groups, columns, **how):
+            decodes[at] = (groups[0], decodes[at][1] + batch.num_rows)
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
+    return decodes
+
+
+def test_the_units_of_a_row_group_share_its_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows are of neighbours: each decodes a row group once, up to what it needs of it, in bounded pieces."""
+    monkeypatch.setattr(clustered, "BATCH_ROWS", 10)
+    write(tmp_path / "log/a.parquet", impressions([2] * 100), 120)  # row groups of 60 and 40 requests
+    index = str(tmp_path / "index")
+    manifest = index_impressions(index, [str(tmp_path / "log")], SCHEMA, unit_requests=8)
+    assert [unit.row_group for unit in manifest.files[0].units] == [0] * 8 + [1] * 5
+    units = units_of(manifest.files)
+    assert np.diff(block_starts(units, 4)).tolist() == [4, 4, 3, 2]
+    ingest = Ingest(lanes=2, batch_impressions=20, window_units=4, reader="thread")
+    holdout = Holdout(by="request", fraction=0.05)
+    how = StreamSettings(index, 1, SCHEMA, ingest, holdout, "train", 3, (0, 1), "shuffled")
+    decodes = counted_decodes(monkeypatch)
+    stream, orders = RankStream(how, 0, 1), []
+    for epoch in (0, 1):
+        steps = takewhile(lambda step: step.lanes_alive, stream.epoch(epoch))
+        orders.append([key for step in steps for key in step.batch.request_key.tolist()])
+        assert len(orders[-1]) == len(set(orders[-1])) > 80
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1])
+    # each of the four windows of an epoch once, the first of a row group about half of it; and once to see whether so
+    # little data leaves a side of the holdout empty
+    rows = [[n for group, n in decodes if group == of] for of in (0, 1)]
+    assert sorted(rows[0]) == [60, 60, 120, 120, 120]
+    assert sorted(rows[1]) == [50, 50, 80, 80, 80]
+
+
+def test_a_log_that_was_written_anew_is_noticed(tmp_path: Path) -> None:
+    rows = impressions([3] * 10)
+    write(tmp_path / "log/a.parquet", rows)
+    manifest = index_impressions(str(tmp_path / "index"), [str(tmp_path / "log")], SCHEMA)
+    write(tmp_path / "log/a.parquet", [row | {"note": "x" * 900} for row in rows])
+    with pytest.raises(DataError, match=r"a\.parquet has [\d,]+ bytes of data, .* another file; index it again"):
+        rows_of(tmp_path / "index", manifest)

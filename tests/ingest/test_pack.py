@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,8 +24,9 @@ from roo_ray.ingest.batch import RequestBatch
 from roo_ray.ingest.budget import batch_bounds
 from roo_ray.ingest.lists import ranges
 from roo_ray.ingest.pack import PackSettings, pack_window
-from roo_ray.ingest.plan import Side, Window, units_of
+from roo_ray.ingest.plan import Side, UnitRef, Window, units_of
 from roo_ray.ingest.tensors import PackedBatches
+from roo_ray.models.retrieval import retrieval_loss
 from roo_ray.requests.manifest import Manifest
 from roo_ray.schema import Schema, parse_schema
 from tests.ingest import shard_maker
@@ -32,10 +36,12 @@ SCHEMA = shard_maker.schema()
 COUNTS = [1 + i * 5 % 9 for i in range(40)]
 
 
-def window_of(manifest: Manifest, shuffle: int | None = 1) -> Window:
-    """One window of all units."""
+def window_of(manifest: Manifest, shuffle: int | None = 1, known: bool = True) -> Window:
+    """One window of all units; ``known``: with what tells another file from theirs."""
     units = units_of(manifest.files)
     refs = tuple(units.ref(unit) for unit in range(len(units.file)))
+    if not known:
+        refs = tuple(UnitRef(ref.path, ref.row_group, ref.requests) for ref in refs)
     return Window(epoch=3, lane=2, index=5, units=refs, shuffle=shuffle)
 
 
@@ -252,12 +258,38 @@ def test_counts_of_a_batch(tmp_path: Path) -> None:
             assert counts["requests"] == starts
             owners = batch.user_key[batch.request_of_impression()].tolist()
             items = batch.impression_ids["item"].values.tolist()
-            positives = [(u, i) for u, i, y in zip(owners, items, batch.labels[:, 0].tolist(), strict=True) if y]
-            assert counts["negative_pairs"] == len(positives) * (len(positives) - 1)
-            pairs = [(a, b) for x, a in enumerate(positives) for y, b in enumerate(positives) if x != y]
-            assert counts["false_pairs"] == sum((u, i) in set(positives) for (u, _), (_, i) in pairs)
+            known = (batch.weights > 0).any(1).tolist()
+            pool = [
+                (u, i, y) for u, i, y, k in zip(owners, items, batch.labels[:, 0].tolist(), known, strict=True) if k
+            ]
+            pairs = [(a, b) for x, a in enumerate(pool) if a[2] for y, b in enumerate(pool) if x != y]
+            assert counts["negative_pairs"] == len(pairs)
+            assert counts["false_pairs"] == sum(a[0] == b[0] or a[1] == b[1] for a, b in pairs)
         everything = sum(packed.counts["requests"])
         assert everything == 40
+
+
+def test_false_negatives_are_what_the_retrieval_loss_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss itself, of each batch: the pairs that it masks, but for a positive and itself."""
+    rows = [row | {"user_id": f"u{n % 6}"} for n, row in enumerate(shard_maker.random_rows(COUNTS[:40], 3))]
+    manifest = shard_maker.write_data_set(tmp_path, rows, SCHEMA)
+    packed = PackedBatches(
+        pack_window(replace(pack_settings(tmp_path), batch_impressions=60), window_of(manifest)), SCHEMA
+    )
+    masks: list[torch.Tensor] = []
+    real = torch.Tensor.masked_fill
+    monkeypatch.setattr(torch.Tensor, "masked_fill", lambda t, mask, v: (masks.append(mask), real(t, mask, v))[1])
+    towers: Any = SimpleNamespace(
+        item="item", positive=0, training=False, log_q=False, temperature=1.0, scores=lambda pairs: pairs.sum(1)
+    )
+    for row in range(packed.rows):
+        batch = packed.batch(row)
+        retrieval_loss(towers, torch.zeros(batch.total_impressions, 4), batch, 1)
+        masked, positives = masks[-1], len(masks[-1])
+        assert packed.counts["negative_pairs"][row] == masked.numel() - positives
+        assert packed.counts["false_pairs"][row] == int(masked.sum()) - positives
+    assert len(masks) == packed.rows > 1
+    assert 0 < sum(packed.counts["false_pairs"]) < sum(packed.counts["negative_pairs"])
 
 
 def test_in_order_of_time(tmp_path: Path) -> None:
@@ -286,9 +318,46 @@ def test_bad_shards_are_skipped_and_counted_where_that_is_wanted(tmp_path: Path)
     nothing = PackedBatches(pack_window(settings, window), SCHEMA)
     assert (nothing.tags["batches"][0], nothing.counts["skipped_requests"][0]) == (0, 40)
     rows[0] |= {"bought": [9.0] * rows[0]["num_impressions"]}  # bad values are never skipped
-    shard_maker.rewrite(first, rows[:20])
+    manifest = shard_maker.write_data_set(tmp_path, rows, SCHEMA)
     with pytest.raises(DataError, match="labels are 0 or 1"):
+        pack_window(settings, window_of(manifest))
+
+
+def test_another_file_of_as_many_requests_is_noticed(tmp_path: Path) -> None:
+    """By its size, which costs nothing, and where that is the same by its impressions and times: both columns are
+    read anyway."""
+    rows = shard_maker.random_rows(COUNTS[:40], 5)
+    manifest = shard_maker.write_data_set(tmp_path, rows, SCHEMA)
+    first, second = (tmp_path / file.path for file in manifest.files)
+    settings, window = pack_settings(tmp_path), window_of(manifest)
+    pack_window(settings, window)
+    kept = second.read_bytes()
+    second.write_bytes(first.read_bytes())
+    assert len(kept) != second.stat().st_size
+    with pytest.raises(
+        DataError, match=rf"{second.name} has [\d,]+ bytes, the manifest says {len(kept):,}: .*or another"
+    ):
         pack_window(settings, window)
+    skipped = PackedBatches(pack_window(replace(settings, on_bad_shard="skip"), window), SCHEMA)
+    assert sum(skipped.counts["skipped_requests"]) == 20
+
+    def with_rows(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Window:
+        """Other rows in the same file, under the size that it then has."""
+        shard_maker.rewrite(second, [row | change(row) for row in rows[20:]])
+        size = second.stat().st_size
+        units = tuple(replace(u, file_bytes=size) if u.path.endswith(second.name) else u for u in window.units)
+        return replace(window, units=units)
+
+    pack_window(settings, with_rows(lambda row: {}))
+    lists = ("num_impressions", *SCHEMA.impression_columns)
+    other = {name: rows[0][name] for name in lists}
+    with pytest.raises(DataError, match=rf"{second.name}, row group \d: \d+ impressions, the manifest says \d+; "):
+        pack_window(settings, with_rows(lambda row: other if row is rows[23] else {}))
+    later = with_rows(lambda row: {"request_time": row["request_time"] + timedelta(days=1)})
+    with pytest.raises(
+        DataError, match=rf"{second.name}, row group \d: requests of 2024-03-0\dT.*it is another file; "
+    ):
+        pack_window(settings, later)
 
 
 # ---- errors -----------------------------------------------------------------------------------------------
@@ -332,7 +401,7 @@ def test_wrong_values_name_column_request_and_file(
     path = tmp_path / manifest.files[0].path
     shard_maker.rewrite(path, manifest_rows)
     with pytest.raises(DataError) as error:
-        pack_window(pack_settings(tmp_path), window_of(manifest))
+        pack_window(pack_settings(tmp_path), window_of(manifest, known=False))
     message = str(error.value)
     assert words in message
     assert f"request_id={bad['request_id']}" in message

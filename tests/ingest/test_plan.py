@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,11 @@ def units(sizes: list[list[Unit]]) -> Units:
     return units_of([shard("2024-01-01", f"{n:03d}", of) for n, of in enumerate(sizes)])
 
 
+def sorted_groups(groups: list[int | None]) -> list[int | None]:
+    """As they lie in a file."""
+    return sorted(groups, key=lambda group: -1 if group is None else group)
+
+
 def read_by(plan: EpochPlan, lanes: list[int]) -> list[tuple[str, int]]:
     return [(u.path, u.row_group) for window in plan.reading_order(lanes) for u in window.units]
 
@@ -83,6 +89,35 @@ def test_every_unit_is_read_once_and_lanes_are_balanced(
         if mode == "sequential":
             stored = [(u.path, u.row_group) for w in windows for u in w.units]
             assert stored == sorted(stored)
+
+
+@given(
+    st.lists(st.lists(st.sampled_from([None, 0, 1, 2]), max_size=12).map(sorted_groups), min_size=1, max_size=5),
+    st.integers(0, 99),
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.sampled_from(["shuffled", "sequential"]),
+)
+@settings(max_examples=80, deadline=None)
+def test_units_that_share_a_row_group_are_read_together(
+    groups: list[list[int | None]], seed: int, lanes: int, window_units: int, mode: Mode
+) -> None:
+    """As far as a window goes: every unit once, windows no larger than they may be, and no more of a row group than
+    there must be."""
+    of = units([[Unit(requests=2, impressions=4, tokens=1, row_group=g) for g in file] for file in groups])
+    plan = plan_epoch(of, seed=seed, epoch=1, lanes=lanes, window_units=window_units, mode=mode)
+    windows = list(plan.reading_order(range(lanes)))
+    assert sorted((u.path, u.row_group) for w in windows for u in w.units) == [
+        (f"data/2024-01-01/{n:03d}.parquet", u) for n, file in enumerate(groups) for u in range(len(file))
+    ]
+    assert all(0 < len(window.units) <= window_units for window in windows)
+    read: Counter[tuple[str, int | None]] = Counter()
+    for window in windows:
+        of_window = {(u.path, groups[int(u.path[-11:-8])][u.row_group]) for u in window.units}
+        read.update(pair for pair in of_window if pair[1] is not None)
+    for n, file in enumerate(groups):
+        for group in {g for g in file if g is not None}:
+            assert read[f"data/2024-01-01/{n:03d}.parquet", group] == -(-file.count(group) // window_units)
 
 
 def test_the_plan_is_a_function_of_its_inputs() -> None:

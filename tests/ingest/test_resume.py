@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from roo_ray.config import Holdout, Ingest
 from roo_ray.ingest import stream as stream_module
-from roo_ray.ingest.plan import Position, differences, plan_inputs
+from roo_ray.ingest.plan import Position, differences
 from roo_ray.ingest.stream import RankStream, Step, StreamSettings
-from roo_ray.requests.manifest import load_manifest
 from tests.ingest import shard_maker
+from tests.ingest.plan_changes import CHANGES, inputs
 from tests.ingest.shard_maker import random_rows, request_key, write_data_set
 
 COUNTS = [1 + (i * 5) % 9 for i in range(180)] + [40, 2, 60, 3]
@@ -41,6 +41,7 @@ class Run:
         self.settings = settings
         self.saved: tuple[Position | None, int] = (None, 0)
         self.steps: list[list[int]] = []  # request keys of each step of the lineage
+        self.dropped: list[int] = []
 
     def go(self, world: int, kill_after: int | None, checkpoint_every: int) -> bool:
         """Trains from the last checkpoint with ``world`` workers; whether the epoch ended before the kill."""
@@ -55,11 +56,20 @@ class Run:
                     stream.close()
                 return False
             taken = [next(iterator) for iterator in iterators]
-            if not sum(s.lanes_alive for s in taken):
+            if sum(s.lanes_alive for s in taken) < (how.ingest.lanes if how.ingest.drop_last else 1):
+                self.dropped = self._left(taken, iterators)
                 return True
             self.steps.append(keys_of(taken))
             if len(self.steps) % checkpoint_every == 0:
                 self.saved = (through_json(position_of(taken)), len(self.steps))
+
+    def _left(self, taken: list[Step], iterators: list[Iterator[Step]]) -> list[int]:
+        """The keys of what comes behind the last step that is trained on."""
+        keys: list[int] = []
+        while sum(s.lanes_alive for s in taken):
+            keys += keys_of(taken)
+            taken = [next(iterator) for iterator in iterators]
+        return keys
 
 
 def keys_of(taken: list[Step]) -> list[int]:
@@ -161,44 +171,44 @@ def test_a_position_at_the_end_leaves_nothing(data: tuple[StreamSettings, list[i
     assert next(again.epoch(1)).lanes_alive == 4
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"lanes": 6}, "lanes was 4 and is 6"),
-        ({"batch_impressions": 25}, "batch_impressions was 12 and is 25"),
-        ({"batch_cost": 9.0}, "batch_cost was None and is 9.0"),
-        ({"oversize": "split"}, "oversize was own and is split"),
-        ({"interleave": 2}, "interleave was None and is 2"),
-        ({"mode": "time"}, "mode was shuffled and is time"),
-        ({"on_bad_shard": "skip"}, "on_bad_shard was fail and is skip"),
-        ({"reader": "ray_data", "prefetch_batches": 9}, None),
-    ],
-)
-def test_whatever_changes_the_stream_is_named(
-    data: tuple[StreamSettings, list[int]], change: dict[str, object], words: str | None
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_the_stream_is_named(change: str) -> None:
+    changes, words = CHANGES[change]
+    found = differences(inputs(), inputs(changes))
+    assert any(line.startswith(f"{change.split()[0]} was ") and words in line for line in found)
+    also = {"data_version": {"data_digest"}, "truncation": {"schema_digest"}}.get(change, set())
+    assert {line.split()[0] for line in found} == {change.split()[0]} | also
+
+
+def test_every_input_of_the_plan_is_in_these_tests() -> None:
+    assert {change.split()[0] for change in CHANGES} | {"format"} == set(inputs())
+
+
+def test_what_does_not_change_the_stream_is_not_in_the_way() -> None:
+    assert differences(inputs(), inputs({"reader": "thread", "prefetch_batches": 9})) == []
+    # without a budget of cost the coefficients cut nothing
+    cost = (2.0, 0.0, 0.0, 1.0, 0.0)
+    assert differences(inputs({"batch_cost": None}), inputs({"batch_cost": None, "cost": cost})) == []
+
+
+@pytest.mark.parametrize("worlds", [(1, 3), (2, 1), (3, 2)])
+def test_an_epoch_that_drops_its_end_drops_the_same_after_a_resume(
+    data: tuple[StreamSettings, list[int]], worlds: tuple[int, int]
 ) -> None:
-    how, _ = data
-    manifest = load_manifest(how.data_set)
-
-    def inputs(ingest: Ingest, cost: tuple[float, ...] = (1.0, 0.0, 0.0, 1.0, 0.0)) -> dict[str, object]:
-        before = plan_inputs(manifest, how.schema, ingest, how.holdout, "train", 11, ingest.mode, cost)
-        return dict(json.loads(json.dumps(before)))  # as a checkpoint gives it back
-
-    other = how.ingest.model_copy(update=change)
-    found = differences(inputs(how.ingest), inputs(other))
-    assert (words in found) if words else found == []
-    by_cost = how.ingest.model_copy(update={"batch_cost": 9.0})
-    assert differences(inputs(by_cost), inputs(by_cost, (2.0, 0.0, 0.0, 1.0, 0.0)))[0].startswith("cost_coefficients")
-    # without a budget of cost they cut nothing
-    assert differences(inputs(how.ingest), inputs(how.ingest, (2.0, 0.0, 0.0, 1.0, 0.0))) == []
-
-
-def test_another_truncation_is_named(data: tuple[StreamSettings, list[int]], tmp_path: Path) -> None:
-    how, _ = data
-    manifest = load_manifest(how.data_set)
-    text = shard_maker.SCHEMA.replace("max_length: 4", "max_length: 3")
-    shorter = shard_maker.parse_schema(text)
-    one, other = (
-        plan_inputs(manifest, s, how.ingest, how.holdout, "train", 0, "shuffled") for s in (how.schema, shorter)
-    )
-    assert any("truncation was" in line and "'history': 3" in line for line in differences(one, other))
+    """Trained on or dropped, every request is one of both, once; at which step the epoch ends does not depend on kills
+    or workers."""
+    how, keys = data
+    how = replace(how, ingest=how.ingest.model_copy(update={"drop_last": True}))
+    whole, run = Run(how), Run(how)
+    assert whole.go(1, None, 10**9)
+    assert not run.go(worlds[0], len(whole.steps) // 2, 1)
+    assert run.go(worlds[1], None, 3)
+    assert run.steps == whole.steps
+    assert sorted(run.dropped) == sorted(whole.dropped)
+    assert whole.dropped
+    assert Counter(key for step in [*run.steps, run.dropped] for key in step) == Counter(keys)
+    # from the last checkpoint, at the end: nothing is left to train on, and the same is dropped
+    again = Run(how)
+    again.saved, again.steps = run.saved, list(run.steps)
+    assert again.go(worlds[0], None, 1)
+    assert (again.steps, sorted(again.dropped)) == (whole.steps, sorted(whole.dropped))
