@@ -9,8 +9,10 @@ import sys
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from ray.data import DataContext
 
@@ -18,11 +20,15 @@ from roo_ray import session
 from roo_ray.cluster import preflight
 from roo_ray.cluster.findings import Finding, worst
 from roo_ray.cluster.links import Links
-from roo_ray.cluster.probe import NodeFacts, server_problem, storage_problem, versions
+from roo_ray.cluster.probe import NodeFacts, probe_nodes, server_problem, storage_problem, versions
+from roo_ray.cluster.sizing import UnitCosts, memory_of, shape_of
 from roo_ray.config import Config, RaySettings, load_config
 from roo_ray.errors import ClusterError
+from roo_ray.requests.manifest import load_manifest
 from roo_ray.session import Placing, bundles_of, place_data, placing, require_places
 from tests.cluster.heads import ROOT, free_port
+from tests.ingest import shard_maker
+from tests.ingest.shard_maker import random_rows, write_data_set
 
 GB = 10**9
 NODE = NodeFacts(
@@ -193,6 +199,27 @@ def test_the_plan_fits_into_memory() -> None:
     for activations in (False, True):
         _, text = level_and_text(preflight.check_plan(10 * GB, [HEAD, NODE], config, activations))
         assert ("activations not counted" in text) != activations
+
+
+def test_the_facts_of_this_machine(local_ray: None, tmp_path: Path) -> None:
+    """As a task on it says them, with a run's own shape for the plan."""
+    schema = shard_maker.schema()
+    write_data_set(tmp_path / "requests", random_rows([1 + i % 9 for i in range(100)], 3, days=2), schema)
+    config = demo(f"requests={tmp_path}/requests").model_copy(update={"request_schema": schema})
+    nodes, silent = probe_nodes([str(tmp_path / "runs")], [config.requests], None)
+    assert silent == []
+    (node,) = nodes
+    assert (node.is_head, node.cpus, node.resources["CPU"], node.problems) == (True, 4, 4, {})
+    assert (node.driver == "") == (not Path("/proc/driver/nvidia/version").exists())
+    assert preflight.room_for(config, nodes) == 4
+    assert worst(preflight.check_nodes(nodes, silent)) == "ok"
+    assert worst(preflight.check_versions(nodes)) == "ok"
+    shape = shape_of(config, load_manifest(config.requests))
+    memory = memory_of(shape, 2, UnitCosts(fixed_s=0, per_megaflop_s=1))
+    assert worst(preflight.check_plan(memory, nodes, config)) == "ok"
+    share = (psutil.virtual_memory().total - 500_000_000) / 2  # of two workers, beside this Ray's object store
+    assert worst(preflight.check_plan(0.8 * share, nodes, config)) == "warn"
+    assert worst(preflight.check_plan(0.95 * share, nodes, config)) == "fail"
 
 
 def test_links() -> None:

@@ -57,11 +57,11 @@ def workers(board: Any) -> Iterator[StopWatch]:
 def test_workers_that_run_are_waited_for(board: Any) -> None:
     """As long as they ask, and the time until SIGKILL allows it."""
     before = signal.getsignal(signal.SIGTERM)
-    with workers(board) as watch, forward_terminate(board, silence_s=2.0):
+    with workers(board) as watch, forward_terminate(board, silence_s=1.0):
         assert not watch.stop.wait(0.5)
         terminate()
         assert watch.stop.wait(20)
-        time.sleep(3)  # a checkpoint that takes longer than the silence
+        time.sleep(2)  # a checkpoint that takes longer than the silence
     assert signal.getsignal(signal.SIGTERM) is before
 
 
