@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from roo_ray.config import Config, Holdout
+from roo_ray.config import Config, Embeddings, Holdout
 from roo_ray.errors import ConfigError
 from roo_ray.ingest.stream import RankStream, StreamSettings
 from roo_ray.models.item_index import ItemIndex
@@ -66,14 +66,15 @@ def export_items(config: Config, named: str, path: str, say: Say) -> ExportedIte
         )
         with one_rank():
             device = torch.device("cpu")
-            model = RankingModel(schema, state.model, torch.device("meta"))
+            plain = state.model.model_copy(update={"embeddings": Embeddings()})
+            model = RankingModel(schema, plain, torch.device("meta"))
             sharded = shard(
                 model,
                 config.training,
                 device,
                 batch_requests=64,
                 ids_per_request={},
-                embeddings=state.model.embeddings,
+                embeddings=Embeddings(),
             )
             checkpoint.load(folder, sharded)
             sharded.module.eval()
