@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
-from roo_ray.config import Config, Holdout
-from roo_ray.errors import ConfigError
+from roo_ray.config import Config, Embeddings, Holdout, Model
+from roo_ray.errors import ConfigError, DataError
 from roo_ray.ingest.stream import RankStream, StreamSettings
 from roo_ray.models.item_index import ItemIndex
 from roo_ray.models.objective import retrieval_towers
 from roo_ray.models.ranking import RankingModel
 from roo_ray.requests.manifest import load_manifest
+from roo_ray.schema import Schema
 from roo_ray.storage import open_filesystem
 from roo_ray.training import checkpoint
 from roo_ray.training.progress import Say
-from roo_ray.training.sharding import shard
 
 MERGE_AT = 1 << 20  # vectors held before those of one item are made one
 
@@ -64,22 +62,24 @@ def export_items(config: Config, named: str, path: str, say: Say) -> ExportedIte
             epochs=(0,),
             mode="sequential",
         )
-        with one_rank():
-            device = torch.device("cpu")
-            model = RankingModel(schema, state.model, torch.device("meta"))
-            sharded = shard(
-                model,
-                config.training,
-                device,
-                batch_requests=64,
-                ids_per_request={},
-                embeddings=state.model.embeddings,
-            )
-            checkpoint.load(folder, sharded)
-            sharded.module.eval()
-            index, requests, impressions = _index(sharded.module, RankStream(settings, 0, 1), say)
+        model = _whole_model(folder, schema, state.model)
+        index, requests, impressions = _index(model, RankStream(settings, 0, 1), say)
     _write(index, path)
     return ExportedItems(path, len(index.ids), index.vectors.shape[1], requests, impressions)
+
+
+def _whole_model(folder: str | Path, schema: Schema, settings: Model) -> RankingModel:
+    """The model of a checkpoint on CPU, its tables whole and float32: however they were stored, placed and updated in
+    training, which may be in ways that a GPU alone can do."""
+    model = RankingModel(schema, settings.model_copy(update={"embeddings": Embeddings()}))
+    tensors = {"model": dict(model.state_dict())}
+    try:
+        dcp.load(tensors, storage_reader=checkpoint.SafeReader(folder), no_dist=True)
+    except dcp.api.CheckpointException as error:  # a BaseException: it would pass every `except Exception`
+        causes = [failure[0] for failure in error.failures.values()]
+        raise DataError(f"checkpoint {folder} does not fit its own model: {causes[0]}") from None
+    model.load_state_dict(tensors["model"])
+    return model.eval()
 
 
 def _index(model: torch.nn.Module, stream: RankStream, say: Say) -> tuple[ItemIndex, int, int]:
@@ -115,14 +115,3 @@ def _write(index: ItemIndex, path: str) -> None:
     with filesystem.open_output_stream(f"{inner}.writing") as stream:
         stream.write(content)
     filesystem.move(f"{inner}.writing", inner)
-
-
-@contextmanager
-def one_rank() -> Iterator[None]:
-    """A process group of this process alone: what a sharded model needs."""
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()

@@ -23,6 +23,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from roo_ray.config import Model
 from roo_ray.ingest.batch import RequestBatch, dummy_batch
+from roo_ray.models.architectures import ARCHITECTURES
 from roo_ray.models.initialise import initialise_tables
 from roo_ray.models.objective import training_loss
 from roo_ray.models.ranking import RankingModel
@@ -36,6 +37,7 @@ MODELS = {
     "random_choices": Model(**SIZES, kind="hstu_targets", dropout=0.3, stochastic_length=1.2),
     "retrieval": Model(**SIZES, kind="retrieval"),
 }
+AUTOCAST = [kind for kind in MODELS if kind in ARCHITECTURES]  # with the towers in bfloat16 too
 TASK_WEIGHTS = torch.tensor([1.0, 0.5])
 # Adagrad's first update is as large for a gradient of pure rounding as for a real one, were it not for eps
 EMBEDDINGS = {"lr": 0.1, "eps": 1e-4}
@@ -63,9 +65,9 @@ def steps(world: int) -> list[list[RequestBatch | None]]:
     ]
 
 
-def build(settings: Model, sparse_device: torch.device | None = None) -> RankingModel:
+def build(settings: Model, sparse_device: torch.device | None = None, autocast: bool = False) -> RankingModel:
     torch.manual_seed(0)
-    return RankingModel(schema(), settings, sparse_device)
+    return RankingModel(schema(), settings, sparse_device, autocast)
 
 
 def plan_for(model: RankingModel, sharder: Sharder, world: int) -> ShardingPlan:
@@ -104,6 +106,7 @@ def run(rank: int, world: int, folder: str) -> None:
     """Trains every model on the steps; rank 0 stores what ``train`` gives."""
     start(rank, world, folder)
     results = {name: train(settings, rank, world) for name, settings in MODELS.items()}
+    results |= {f"{name} in bfloat16": train(MODELS[name], rank, world, autocast=True) for name in AUTOCAST}
     if rank == 0:
         torch.save(results, Path(folder) / "result.pt")
     dist.barrier()
@@ -115,9 +118,9 @@ def loss_of(model: torch.nn.Module, batch: RequestBatch, known: Tensor, world: i
     return training_loss(model, batch, TASK_WEIGHTS, known, world)[1]
 
 
-def train(settings: Model, rank: int, world: int) -> dict[str, Any]:
+def train(settings: Model, rank: int, world: int, autocast: bool = False) -> dict[str, Any]:
     """Each step's loss and dense gradients, the weights after, and the tables before and after."""
-    model = build(settings, torch.device("meta"))
+    model = build(settings, torch.device("meta"), autocast)
     apply_optimizer_in_backward(RowWiseAdagrad, model.sparse.parameters(), EMBEDDINGS)
     sharder = Sharder()
     sharded = DistributedModelParallel(

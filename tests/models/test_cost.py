@@ -33,6 +33,21 @@ def test_polynomial_equals_the_counts(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_long_histories_and_large_requests_cost_what_is_counted(kind: str) -> None:
+    """Past a block of queries (80) and a row of targets (16), where attention skips what it need not compute."""
+    long = parse_schema(ONE_SEQUENCE.to_yaml().replace("max_length: 12", "max_length: 400"))
+    settings = Model(kind=kind, dim=64, layers=2, heads=2, user_dim=64)  # type: ignore[arg-type]
+    cost = cost_coefficients(long, settings)
+    towers = make_towers(long, settings).eval()
+    for t, n in ((20, 5), (80, 10), (81, 17), (150, 17), (200, 40), (300, 10), (400, 20)):
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter:
+            towers(example_inputs(long, {"history": t}, n))
+        predicted = cost["1"] + cost["t"] * t + cost["t2"] * t * t + cost["n"] * n + cost["nt"] * n * t
+        assert abs(predicted / counter.get_total_flops() - 1) < 0.1, (t, n)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_terms_say_where_the_work_is(kind: str) -> None:
     state = torch.random.get_rng_state()
     cost = cost_coefficients(schema(), Model(kind=kind, dim=8, heads=2, user_dim=8))  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from roo_ray.ingest.batch import RequestBatch
 from roo_ray.models.initialise import initialise_tables, table_scale, table_weights
 from tests.models import sharded_ranks
+from tests.models.test_parity import assert_gradients_within_bfloat16
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -55,6 +56,27 @@ def test_sharded_requests_equal_unsharded_impressions(name: str, sharded: tuple[
         reference = model.state_dict()[name]
         assert not torch.equal(table, result["tables_before"][name]), f"{name} was not trained"
         torch.testing.assert_close(table, reference, rtol=1e-4, atol=1e-5 * slack, msg=name)
+
+
+@pytest.mark.parametrize("name", sharded_ranks.AUTOCAST)
+def test_bfloat16_towers_have_sharded_parity(name: str, sharded: tuple[int, dict[str, Any]]) -> None:
+    """Of the first step, whose weights are the same: rounding differs with the form of the batch."""
+    world, results = sharded
+    result, whole = results[f"{name} in bfloat16"], results[name]
+    model = sharded_ranks.build(sharded_ranks.MODELS[name], autocast=True)
+    initialise_tables(model, 0)
+    batch = RequestBatch.concat([b for b in sharded_ranks.steps(world)[0] if b is not None]).explode()
+    loss = sharded_ranks.loss_of(model, batch, batch.weights.sum(0), 1)
+    loss.backward()
+    first = result["steps"][0]
+    torch.testing.assert_close(first["loss"], loss.detach(), rtol=0.01, atol=0.0)
+    assert not torch.equal(first["loss"], whole["steps"][0]["loss"])  # the towers did run in bfloat16
+    dense = {f"dense.{name}": p.grad for name, p in model.dense.named_parameters() if p.grad is not None}
+    assert_gradients_within_bfloat16(dense, first["gradients"])
+    for table, before in result["tables_before"].items():
+        moved, moved_whole = result["tables_after"][table] - before, whole["tables_after"][table] - before
+        difference = float((moved - moved_whole).norm() / moved_whole.norm())
+        assert difference < 0.2, f"{table}: {difference}"
 
 
 def test_initial_weights_do_not_depend_on_the_sharding(tmp_path: Path) -> None:

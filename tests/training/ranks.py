@@ -4,7 +4,8 @@ sharding and checkpoints share."""
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,14 @@ def full_weights(model: ShardedModel) -> dict[str, torch.Tensor]:
         else:
             gathered[name] = value.clone()
     return gathered if dist.get_rank() == 0 else {}
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone: what a sharded model needs."""
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
-from roo_ray.config import Config, Holdout, Ingest, Model, Training
+from roo_ray.config import Config, Embeddings, Holdout, Ingest, Model, Training
 from roo_ray.errors import ConfigError
 from roo_ray.ingest.stream import RankStream, StreamSettings
 from roo_ray.models.initialise import initialise_tables
@@ -15,9 +16,10 @@ from roo_ray.models.item_index import ItemIndex
 from roo_ray.models.ranking import RankingModel
 from roo_ray.training import checkpoint
 from roo_ray.training.checkpoint import RunState
-from roo_ray.training.export_items import export_items, one_rank
+from roo_ray.training.export_items import export_items
 from roo_ray.training.sharding import shard
 from tests.ingest.shard_maker import random_rows, schema, write_data_set
+from tests.training.ranks import one_rank
 
 SIZES = {"dim": 8, "layers": 1, "heads": 2, "user_dim": 8}
 TRAINING = Training(seed=3, row_wise_from=20)
@@ -76,3 +78,34 @@ def test_ranking_models_have_no_item_vectors(tmp_path: Path) -> None:
     config = Config(name="x", schema=schema(), requests=str(tmp_path / "data"))
     with pytest.raises(ConfigError, match="is a model of kind 'two_tower'"):
         export_items(config, str(folder), str(tmp_path / "items.parquet"), lambda line: None)
+
+
+GPU_OPTIONS = {"weights": "bf16", "optimizer": "adam", "uvm": ["item"], "index_dedup": True}
+
+
+def test_a_model_trained_on_gpus_is_exported_on_cpu(tmp_path: Path) -> None:
+    """Its tables are stored in bfloat16 and its options do not exist on CPU: what counts is the vectors."""
+    rows = random_rows([3, 1, 7, 4], 1, days=1)
+    write_data_set(tmp_path / "data", rows, schema())
+    config = Config(name="x", schema=schema(), requests=str(tmp_path / "data"), training=TRAINING)
+    plain, trained = tmp_path / "plain", tmp_path / "trained"
+    settings = Model(kind="retrieval", **SIZES)  # type: ignore[arg-type]
+    save(plain, settings)
+    state = checkpoint.read_state(plain)
+    model = RankingModel(schema(), settings)
+    tensors = {"model": dict(model.state_dict())}
+    dcp.load(tensors, checkpoint_id=plain, no_dist=True)
+    halves = {k: v.bfloat16() if k.startswith("sparse.") else v for k, v in tensors["model"].items()}
+    dcp.save({"model": halves, "optimizer": {"of.adam": torch.zeros(3)}}, checkpoint_id=trained, no_dist=True)
+    on_gpu = settings.model_copy(update={"embeddings": Embeddings.model_validate(GPU_OPTIONS)})
+    sizes = {file.name: file.stat().st_size for file in trained.iterdir()}
+    (trained / checkpoint.STATE_FILE).write_text(
+        checkpoint.state_json(state.model_copy(update={"model": on_gpu}), sizes)
+    )
+    found = []
+    for folder in (plain, trained):
+        export_items(config, str(folder), str(tmp_path / "items.parquet"), lambda line: None)
+        found.append(ItemIndex.load(tmp_path / "items.parquet"))
+    assert torch.equal(found[0].ids, found[1].ids)
+    torch.testing.assert_close(found[1].vectors, found[0].vectors, rtol=0, atol=0.02)  # bfloat16's precision
+    assert not torch.equal(found[1].vectors, found[0].vectors)

@@ -11,9 +11,9 @@ from torchrec import EmbeddingCollection, EmbeddingConfig
 
 from roo_ray.config import Training
 from roo_ray.errors import ConfigError
-from roo_ray.training.export_items import one_rank
 from roo_ray.training.hosts import TABLES_SHARE, Place, describe, host_memory, topology
 from roo_ray.training.sharding import shard
+from tests.training.ranks import one_rank
 
 GIB = 2**30
 
