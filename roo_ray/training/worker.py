@@ -237,7 +237,9 @@ class Worker:
             last = step
         if window.losses:
             self.log_window(epoch, window)
-        self.trained_to = self.position if last is None else self.position_of(epoch, last)
+        self.trained_to = self.position
+        if last is not None:
+            self.trained_to = position_over_ranks(epoch, last, ingest.lanes, ingest.window_units, self.device)
         if ingest.drop_last and not trainer.clock.is_over():
             self.count_dropped(trainer.left, coming, epoch)
         elif not trainer.left.lanes_alive:  # the end, not the clock's: what lanes passed over behind their last batches
