@@ -51,21 +51,21 @@ def _forward(  # type: ignore[no-untyped-def]
     rows, dims = first + tl.arange(0, M), tl.arange(0, D)
     inside = (rows < length)[:, None] & (dims < depth)[None, :]
     at = (start + rows)[:, None] * (3 * width) + head * depth + dims[None, :]
-    q = tl.load(qkv + at, mask=inside, other=0.0).to(tl.float32)
+    q = tl.load(qkv + at, mask=inside, other=0.0)
     age_q = tl.load(ages + start + rows, mask=(rows < length) & TIMED, other=0.0)
     total = tl.zeros([M, D], dtype=tl.float32)
     for begin in range(0, first + M, M):
         columns = begin + tl.arange(0, M)
         held = (columns < length)[:, None] & (dims < depth)[None, :]
         key_at = (start + columns)[:, None] * (3 * width) + width + head * depth + dims[None, :]
-        k = tl.load(qkv + key_at, mask=held, other=0.0).to(tl.float32)
-        v = tl.load(qkv + key_at + width, mask=held, other=0.0).to(tl.float32)
+        k = tl.load(qkv + key_at, mask=held, other=0.0)
+        v = tl.load(qkv + key_at + width, mask=held, other=0.0)
         age_k = tl.load(ages + start + columns, mask=(columns < length) & TIMED, other=0.0)
         raw, visible = _silu_scores(
             q, k, rows, columns, age_q, age_k, length, position, time, reach, last_bucket, TIMED
         )
         scores = tl.where(visible, raw * tl.sigmoid(raw), 0.0)
-        total += tl.dot(scores, v, input_precision="ieee")
+        total += tl.dot(scores.to(v.dtype), v, input_precision="ieee")
     out_at = (start + rows)[:, None] * width + head * depth + dims[None, :]
     tl.store(out + out_at, (total / normaliser).to(out.dtype.element_ty), mask=inside)
 
@@ -86,16 +86,16 @@ def _backward_queries(  # type: ignore[no-untyped-def]
     inside = (rows < length)[:, None] & (dims < depth)[None, :]
     at = (start + rows)[:, None] * (3 * width) + head * depth + dims[None, :]
     out_at = (start + rows)[:, None] * width + head * depth + dims[None, :]
-    q = tl.load(qkv + at, mask=inside, other=0.0).to(tl.float32)
-    upstream = tl.load(grad_out + out_at, mask=inside, other=0.0).to(tl.float32) / normaliser
+    q = tl.load(qkv + at, mask=inside, other=0.0)
+    upstream = (tl.load(grad_out + out_at, mask=inside, other=0.0).to(tl.float32) / normaliser).to(q.dtype)
     age_q = tl.load(ages + start + rows, mask=(rows < length) & TIMED, other=0.0)
     grad_q = tl.zeros([M, D], dtype=tl.float32)
     for begin in range(0, first + M, M):
         columns = begin + tl.arange(0, M)
         held = (columns < length)[:, None] & (dims < depth)[None, :]
         key_at = (start + columns)[:, None] * (3 * width) + width + head * depth + dims[None, :]
-        k = tl.load(qkv + key_at, mask=held, other=0.0).to(tl.float32)
-        v = tl.load(qkv + key_at + width, mask=held, other=0.0).to(tl.float32)
+        k = tl.load(qkv + key_at, mask=held, other=0.0)
+        v = tl.load(qkv + key_at + width, mask=held, other=0.0)
         age_k = tl.load(ages + start + columns, mask=(columns < length) & TIMED, other=0.0)
         raw, visible = _silu_scores(
             q, k, rows, columns, age_q, age_k, length, position, time, reach, last_bucket, TIMED
@@ -103,7 +103,7 @@ def _backward_queries(  # type: ignore[no-untyped-def]
         gate = tl.sigmoid(raw)
         grad_raw = tl.dot(upstream, tl.trans(v), input_precision="ieee") * gate * (1.0 + raw * (1.0 - gate))
         grad_raw = tl.where(visible, grad_raw, 0.0)
-        grad_q += tl.dot(grad_raw, k, input_precision="ieee")
+        grad_q += tl.dot(grad_raw.to(k.dtype), k, input_precision="ieee")
         distance = tl.maximum(rows[:, None] - columns[None, :], 0)
         tl.atomic_add(grad_position + tl.minimum(distance, reach - 1), grad_raw, mask=visible)
         if TIMED:
@@ -128,8 +128,8 @@ def _backward_keys(  # type: ignore[no-untyped-def]
     columns, dims = first + tl.arange(0, M), tl.arange(0, D)
     held = (columns < length)[:, None] & (dims < depth)[None, :]
     key_at = (start + columns)[:, None] * (3 * width) + width + head * depth + dims[None, :]
-    k = tl.load(qkv + key_at, mask=held, other=0.0).to(tl.float32)
-    v = tl.load(qkv + key_at + width, mask=held, other=0.0).to(tl.float32)
+    k = tl.load(qkv + key_at, mask=held, other=0.0)
+    v = tl.load(qkv + key_at + width, mask=held, other=0.0)
     age_k = tl.load(ages + start + columns, mask=(columns < length) & TIMED, other=0.0)
     grad_k = tl.zeros([M, D], dtype=tl.float32)
     grad_v = tl.zeros([M, D], dtype=tl.float32)
@@ -138,18 +138,18 @@ def _backward_keys(  # type: ignore[no-untyped-def]
         inside = (rows < length)[:, None] & (dims < depth)[None, :]
         at = (start + rows)[:, None] * (3 * width) + head * depth + dims[None, :]
         out_at = (start + rows)[:, None] * width + head * depth + dims[None, :]
-        q = tl.load(qkv + at, mask=inside, other=0.0).to(tl.float32)
-        upstream = tl.load(grad_out + out_at, mask=inside, other=0.0).to(tl.float32) / normaliser
+        q = tl.load(qkv + at, mask=inside, other=0.0)
+        upstream = (tl.load(grad_out + out_at, mask=inside, other=0.0).to(tl.float32) / normaliser).to(q.dtype)
         age_q = tl.load(ages + start + rows, mask=(rows < length) & TIMED, other=0.0)
         raw, visible = _silu_scores(
             q, k, rows, columns, age_q, age_k, length, position, time, reach, last_bucket, TIMED
         )
         gate = tl.sigmoid(raw)
         scores = tl.where(visible, raw * gate, 0.0)
-        grad_v += tl.dot(tl.trans(scores), upstream, input_precision="ieee")
+        grad_v += tl.dot(tl.trans(scores.to(upstream.dtype)), upstream, input_precision="ieee")
         grad_raw = tl.dot(upstream, tl.trans(v), input_precision="ieee") * gate * (1.0 + raw * (1.0 - gate))
         grad_raw = tl.where(visible, grad_raw, 0.0)
-        grad_k += tl.dot(tl.trans(grad_raw), q, input_precision="ieee")
+        grad_k += tl.dot(tl.trans(grad_raw.to(q.dtype)), q, input_precision="ieee")
     tl.store(grad_qkv + key_at, grad_k.to(grad_qkv.dtype.element_ty), mask=held)
     tl.store(grad_qkv + key_at + width, grad_v.to(grad_qkv.dtype.element_ty), mask=held)
 
@@ -225,7 +225,8 @@ def triton_attention(
     block: int = BLOCK,
 ) -> Tensor:
     """As ``attention.attention``, of sequences of ``lengths`` (B,) int64, the longest ``longest``, with ``ages``
-    (T,) float32 or None. Products are float32, sums too. Differentiable once."""
+    (T,) float32 or None. Products are of ``qkv``'s type, so that bfloat16 gets tensor cores; sums are float32.
+    Differentiable once."""
     apply: Any = _JaggedAttention.apply
     out: Tensor = apply(qkv, position, time, lengths, ages, longest, heads, normaliser, block)
     return out

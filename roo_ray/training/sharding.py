@@ -90,27 +90,33 @@ def table_constraints(
     ids_per_request: dict[str, float],
     embeddings: Embeddings | None = None,
     world_size: int = 1,
+    device_type: str = "cpu",
 ) -> dict[str, ParameterConstraints]:
     """Per table: as ``embeddings.sharding`` says, otherwise row-wise from ``row_wise_from`` rows and table-wise
     below, with the measured ids per request of each of its features (``ids_per_request``, by lookup feature;
     impression-level features have theirs times impressions), so that the planner's costs are ours. The batch of
-    every feature is B_RO: candidates are looked up as lists of their request."""
+    every feature is B_RO: candidates are looked up as lists of their request.
+
+    On a GPU the planner chooses between its memory and host memory with a cache on it (UVM), by what fits, where
+    ``embeddings.uvm`` does not say it."""
     embeddings = embeddings or Embeddings()
     constraints = {}
     for collection in embedding_collections(model):
         for table in collection.embedding_configs():
             default = "row_wise" if table.num_embeddings >= row_wise_from else "table_wise"
             kind = embeddings.sharding.get(table.name, default)
-            kernel = EmbeddingComputeKernel.FUSED
+            kernels = [EmbeddingComputeKernel.FUSED]
             if kind == "data_parallel":
-                kernel = EmbeddingComputeKernel.DENSE
+                kernels = [EmbeddingComputeKernel.DENSE]
             elif table.name in embeddings.uvm:
-                kernel = EmbeddingComputeKernel.FUSED_UVM_CACHING
+                kernels = [EmbeddingComputeKernel.FUSED_UVM_CACHING]
+            elif device_type != "cpu":
+                kernels.append(EmbeddingComputeKernel.FUSED_UVM_CACHING)
             # columns are cut in multiples of 4 floats
             columns = max(4, -(-table.embedding_dim // world_size) // 4 * 4)
             constraints[table.name] = ParameterConstraints(
                 sharding_types=[kind],
-                compute_kernels=[kernel.value],
+                compute_kernels=[kernel.value for kernel in kernels],
                 min_partition=columns if kind == "column_wise" else None,
                 pooling_factors=[max(ids_per_request.get(name, 1.0), 0.01) for name in table.feature_names],
                 batch_sizes=[batch_requests] * len(table.feature_names),
@@ -151,7 +157,7 @@ def shard(
     planner = EmbeddingShardingPlanner(
         topology=topology(ranks, device.type),
         constraints=table_constraints(
-            model, settings.row_wise_from, batch_requests, ids_per_request, embeddings, world
+            model, settings.row_wise_from, batch_requests, ids_per_request, embeddings, world, device.type
         ),
         debug=False,
     )

@@ -17,7 +17,7 @@ from roo_ray.models.item_index import ItemIndex, RetrievalEvaluation
 from roo_ray.models.objective import retrieval_towers, training_loss
 from roo_ray.models.ranking import RankingModel
 from roo_ray.models.retrieval import retrieval_loss
-from tests.models.batches import random_batch, schema
+from tests.models.batches import random_batch, schema, take_requests
 from tests.models.test_parity import build
 
 SCHEMA = schema()
@@ -93,6 +93,21 @@ def test_negatives_of_the_same_user_and_item_are_masked() -> None:
     assert gradient_at_items([1, 2, 3], [10, 11, 12, 13, 14]) == [True, False, True, True, True]
     assert gradient_at_items([1, 1, 3], [10, 11, 12, 13, 14]) == [True, False, False, False, True]
     assert gradient_at_items([1, 2, 3], [10, 11, 10, 13, 14]) == [True, False, False, True, True]
+
+
+def test_the_in_batch_softmax_depends_on_the_batch_by_definition() -> None:
+    """What else is in the batch are the negatives: vectors of a request are its own, its loss is not."""
+    batch = random_batch(SCHEMA, [3, 2], 3, known=1.0)
+    batch = replace(batch, labels=torch.tensor([[1.0, 0], [0, 0], [0, 0], [0, 0], [0, 0]]))
+    model = build(kind="retrieval", log_q=False).eval()
+    alone = take_requests(batch, [0])
+    with torch.no_grad():
+        pairs = model(batch)
+        torch.testing.assert_close(model(alone), pairs[:3])
+        own = {"alone": retrieval_loss(model.dense, pairs[:3], alone, 1)}
+        own["in the batch"] = retrieval_loss(model.dense, pairs, batch, 1)
+    assert float(own["alone"]) == 0.0  # no negative: the other items are of the same user
+    assert float(own["in the batch"]) > 0.01
 
 
 def test_log_q_takes_the_popularity_out() -> None:

@@ -50,3 +50,27 @@ def test_several_blocks() -> None:
         results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
     for ours, reference in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
+# Triton's interpreter multiplies the bits of bfloat16 as integers: that type is for a GPU alone
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16])
+def test_half_precision_is_within_its_rounding(half: torch.dtype) -> None:
+    """Products of the inputs' type, sums of float32: against the reference on the same rounded inputs."""
+    lengths = [40, 3, 17, 0, 33]
+    inputs, of, ages = case(lengths, 1, True)
+    qkv = inputs[0].detach().to(half)
+    layout = attention_layout.layout(of.to(DEVICE), ages.to(DEVICE), 1)
+    biases = [x.detach().to(DEVICE).requires_grad_() for x in inputs[1:]]
+    results = []
+    for kind in (torch.float32, half):
+        tokens = qkv.to(DEVICE, kind).requires_grad_()
+        if kind == torch.float32:
+            out = attention.padded_attention(tokens, layout, HEADS, NORMALISER, *biases)
+        else:
+            out = triton_attention(
+                tokens, of.to(DEVICE), ages.to(DEVICE), max(lengths), HEADS, NORMALISER, *biases, block=16
+            )
+        assert out.dtype == kind
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), [tokens, *biases])))
+    for ours, reference in zip(results[1], results[0], strict=True):
+        assert float((ours.float() - reference).norm()) < 8 * torch.finfo(half).eps * float(reference.norm())

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 from torchrec import EmbeddingCollection, EmbeddingConfig
+from torchrec.distributed.planner import EmbeddingShardingPlanner
 
 from roo_ray.config import Training
 from roo_ray.errors import ConfigError
 from roo_ray.training.hosts import TABLES_SHARE, Place, describe, host_memory, topology
-from roo_ray.training.sharding import shard
+from roo_ray.training.sharding import TableSharder, describe_plan, shard, table_constraints
 from tests.training.ranks import one_rank
 
 GIB = 2**30
@@ -58,3 +59,16 @@ def test_tables_that_do_not_fit_are_refused() -> None:
     ):
         shard(model, Training(), torch.device("cpu"), batch_requests=8, ids_per_request={})
     assert "model.embeddings.weights=fp16" in str(refused.value)
+
+
+@pytest.mark.parametrize(("rows", "kernel"), [(GIB // 256, "fused"), (20 * GIB // 256, "fused_uvm_caching")])
+def test_tables_larger_than_a_gpu_are_cached_on_it(rows: int, kernel: str) -> None:
+    """Planned here, for a GPU of 16 GiB beside 100 GiB of host memory: 1 GiB and 20 GiB of a table."""
+    table = EmbeddingConfig(name="item", num_embeddings=rows, embedding_dim=64, feature_names=["item"])
+    model = nn.ModuleDict({"sparse": EmbeddingCollection(device=torch.device("meta"), tables=[table])})
+    planner = EmbeddingShardingPlanner(
+        topology=topology([Place("a", 100 * GIB, 16 * GIB)], "cuda"),
+        constraints=table_constraints(model, 1000, 64, {}, device_type="cuda"),
+    )
+    plan = planner.plan(model, [TableSharder()])
+    assert [row["kernel"] for row in describe_plan(plan)] == [kernel]
