@@ -13,7 +13,6 @@ import psutil
 import torch
 import torch.distributed as dist
 from torchrec.distributed.planner import Topology
-from torchrec.distributed.planner.types import CustomTopologyData
 
 TABLES_SHARE = 0.8  # of a host's memory; the rest is the dense part's, the data's and Ray's
 _LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # of cgroups v2 and v1
@@ -49,23 +48,19 @@ def places(device: torch.device) -> list[Place]:
 
 
 def topology(ranks: Sequence[Place], device_type: str) -> Topology:
-    """The planner's view of the ranks: each has its GPU's memory and an equal part of TABLES_SHARE of its host's. Hosts
-    of unequally many ranks, or whose ranks do not follow each other, are planned for as hosts of one rank each: the
-    planner knows equal ones alone."""
+    """The planner's view of the ranks: each has the memory of the poorest one, its GPU's and an equal part of
+    TABLES_SHARE of its host's. (Given each rank's own, the planner cuts a table's rows in proportion, but the lookup
+    deals ids to blocks of equal size, and most of them would meet another row.) Hosts of unequally many ranks, or
+    whose ranks do not follow each other, are planned for as hosts of one rank each: the planner knows equal ones
+    alone."""
     on_host = Counter(place.host for place in ranks)
     runs = [len(list(run)) for _, run in groupby(place.host for place in ranks)]
-    caps = CustomTopologyData(
-        data={
-            "ddr_cap": [int(TABLES_SHARE * place.memory) // on_host[place.host] for place in ranks],
-            "hbm_cap": [place.device_memory for place in ranks],
-        },
-        world_size=len(ranks),
-    )
     return Topology(
         world_size=len(ranks),
         local_world_size=runs[0] if len(runs) == len(on_host) and len(set(runs)) == 1 else 1,
         compute_device=device_type,
-        custom_topology_data=caps,
+        hbm_cap=min(place.device_memory for place in ranks),
+        ddr_cap=min(int(TABLES_SHARE * place.memory) // on_host[place.host] for place in ranks),
     )
 
 

@@ -22,16 +22,15 @@ GIB = 2**30
 def test_ranks_share_the_memory_of_their_host() -> None:
     ranks = [Place("a", 100 * GIB, 0), Place("a", 100 * GIB, 0), Place("b", 60 * GIB, 0), Place("b", 60 * GIB, 0)]
     made = topology(ranks, "cpu")
-    assert [device.storage.ddr for device in made.devices] == [
-        int(TABLES_SHARE * size * GIB) // 2 for size in (100, 100, 60, 60)
-    ]
+    # of the poorest: with unequal memory the planner would cut rows unequally, which the lookup does not know
+    assert {device.storage.ddr for device in made.devices} == {int(TABLES_SHARE * 60 * GIB) // 2}
     assert made.local_world_size == 2
     assert describe(ranks) == "4 workers on 2 hosts with 48.0 GiB for tables each"
 
 
 def test_gpus_have_their_own_memory() -> None:
     made = topology([Place("a", 100 * GIB, 80 * GIB), Place("b", 100 * GIB, 40 * GIB)], "cuda")
-    assert [device.storage.hbm for device in made.devices] == [80 * GIB, 40 * GIB]
+    assert {device.storage.hbm for device in made.devices} == {40 * GIB}
     assert made.local_world_size == 1
 
 
