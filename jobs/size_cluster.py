@@ -62,7 +62,7 @@ def main() -> None:
     print_table(
         f"'{config.name}': {shape.epochs} epochs of {shape.steps:,} steps, {shape.requests:,.0f} requests each",
         [
-            *("workers", "step", "memory/worker", "data CPUs", "data nodes", "nodes/trainer", "all-to-all/rank/step"),
+            *("workers", "step", "memory each", "data CPUs", "data nodes", "per trainer", "all-to-all each"),
             *("checkpoints", "time", "cost", ""),
         ],
         [
