@@ -195,7 +195,7 @@ def measure(options: Any, folder: Path) -> list[dict[str, Any]]:
 
     # tracking with MLflow's system metrics, which sample on their own: one long stretch; then with and without in turns
     share = options.seconds
-    with system_metrics(run):
+    with system_metrics(bench.logger):
         long = bench.stretch(bench.ways["tracking"], lambda one: one.wall >= max(0.3 * share, 2.2 * GATHER_SECONDS))
     bench.logger.flush(60)
     bench.pairs("tracking", 0.35 * share, lambda one: one.wall >= GATHER_SECONDS + 0.2)
