@@ -23,6 +23,8 @@ from typing import Literal
 
 import psutil
 import ray
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from roo_ray.training.saver import step_of
 
@@ -112,3 +114,19 @@ class Faults:
         known = max(last_checkpoint(self.run), after)
         self.done.append(Fault(what, known))
         os.kill(process, signal.SIGKILL if what == "kill" else signal.SIGTERM)
+
+
+def tensors(checkpoint: str, folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, by name."""
+    dcp_to_torch_save(checkpoint, folder / "whole.pt")
+    flat: dict[str, torch.Tensor] = {}
+
+    def walk(name: str, value: object) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                walk(f"{name}/{key}", item)
+        elif isinstance(value, torch.Tensor):
+            flat[name] = value
+
+    walk("", torch.load(folder / "whole.pt", weights_only=False))
+    return flat

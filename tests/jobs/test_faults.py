@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from roo_ray.errors import Stopped
 from roo_ray.training.checkpoint import read_state
 from roo_ray.training.launch import train
 from roo_ray.training.prepare import prepare
-from tests.jobs.faults import Faults, What
+from roo_ray.training.saver import name_of, step_of
+from tests.jobs.faults import Faults, What, tensors
 from tests.jobs.small import small_config
 from tests.jobs.test_main_path import quiet
 
@@ -30,22 +31,6 @@ SETTINGS = (
     "source.requests_per_task=1000",
 )
 FAULTS: tuple[What, ...] = ("kill", "notice", "kill", "stop", "kill")
-
-
-def tensors(checkpoint: str, folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, by name."""
-    dcp_to_torch_save(checkpoint, folder / "whole.pt")
-    flat: dict[str, torch.Tensor] = {}
-
-    def walk(name: str, value: object) -> None:
-        if isinstance(value, dict):
-            for key, item in value.items():
-                walk(f"{name}/{key}", item)
-        elif isinstance(value, torch.Tensor):
-            flat[name] = value
-
-    walk("", torch.load(folder / "whole.pt", weights_only=False))
-    return flat
 
 
 @pytest.mark.slow
@@ -63,12 +48,21 @@ def test_workers_killed_at_random_steps_and_a_stopped_driver_change_nothing(loca
     client = MlflowClient(config.tracking.uri)
     experiment = client.get_experiment_by_name("roo_ray")
     named = "tags.`roo_ray.run` = 'train/disturbed'"
-    faults = Faults(Path(config.storage) / "disturbed", plan, seed)
+    folder = Path(config.storage) / "disturbed"
+    faults = Faults(folder, plan, seed)
     with faults.at_work():
         with pytest.raises(Stopped, match="the same run_name goes on there") as stopped:
             train(config, "disturbed", faults.listen)
         assert [run.info.status for run in client.search_runs([experiment.experiment_id], named)] == ["KILLED"]
+        # a driver that was killed in the midst of a write has left a half checkpoint, or one that Ray Train does not
+        # know: neither is gone on from
+        [whole] = [p for p in folder.glob("epoch-*") if str(step_of(p.name)) in str(stopped.value)]
+        for step in (steps + 1, steps + 2):
+            shutil.copytree(whole, folder / name_of(0, step))
+        (folder / name_of(0, steps + 2) / "state.json").unlink()
         result = train(config, "disturbed", faults.listen)
+    left = [line for line in faults.lines if "which a run that was killed has left" in line]
+    assert all(any(name_of(0, step) in line for line in left) for step in (steps + 1, steps + 2))
     print(f"{faults.done}, resumed at {faults.resumed}")
     assert tuple(fault.what for fault in faults.done) == FAULTS
 
@@ -105,7 +99,6 @@ def test_workers_killed_at_random_steps_and_a_stopped_driver_change_nothing(loca
     assert different == []
 
     # kept by count; nothing half-written is left
-    folder = Path(config.storage) / "disturbed"
     assert len(list(folder.glob("epoch-*"))) == config.training.keep_checkpoints
     assert all((one / "state.json").is_file() for one in folder.glob("epoch-*"))
     metrics = client.get_run(result.run.run_id).data.metrics

@@ -15,7 +15,7 @@ from roo_ray.training.checkpoint import read_state
 from roo_ray.training.folder import find_checkpoint
 from roo_ray.training.launch import TrainingResult, evaluate, train
 from roo_ray.training.prepare import prepare
-from tests.jobs.faults import Faults
+from tests.jobs.faults import Faults, tensors
 from tests.jobs.small import ROOT, small_config
 
 
@@ -95,10 +95,10 @@ def test_the_impression_level_form_has_the_same_curve(two_workers: tuple[Config,
 
 
 def test_from_two_workers_to_one_to_three_through_checkpoints(
-    two_workers: tuple[Config, TrainingResult], folder: Path
+    two_workers: tuple[Config, TrainingResult], folder: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL on one of two workers, SIGTERM to the driver with one, then three to the end: the undisturbed curve in
-    one MLflow run, and every request trained on once."""
+    """SIGKILL on one of two workers, SIGTERM to the driver with one, then three to the end: the undisturbed curve and
+    weights in one MLflow run, and every request trained on once."""
     config, reference = two_workers
     faults = Faults(folder / "runs/chain", [(2, "kill"), (4, "stop")], delay=0.0)
 
@@ -134,6 +134,14 @@ def test_from_two_workers_to_one_to_three_through_checkpoints(
     assert states[0].trained == states[1].trained  # the sum of the request keys among it
     assert states[0].trained["requests"] == result.metrics["epoch/requests"]
     assert states[0].position is None
+    of_model = [
+        {name: value for name, value in tensors(one.checkpoint, tmp_path).items() if name.startswith("/model/")}
+        for one in (reference, result)
+    ]
+    assert of_model[0].keys() == of_model[1].keys()
+    for name, expected in of_model[0].items():  # up to the order of sums
+        apart = float((of_model[1][name] - expected).double().norm() / max(float(expected.double().norm()), 1e-3))
+        assert apart < 5e-3, (name, apart)
 
 
 def test_another_order_is_refused_with_the_difference(two_workers: tuple[Config, TrainingResult], folder: Path) -> None:

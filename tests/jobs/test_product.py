@@ -106,6 +106,11 @@ def test_predict_scores_every_row_once(trained: tuple[Config, Manifest, Training
     assert (done.requests, done.impressions) == (manifest.requests, manifest.impressions)
     table = pq.read_table(f"{folder}/predicted")
     assert table.column_names == ["request_id", "item_id", "score_click"]
+    tracked = MlflowClient(config.tracking.uri).get_run(done.run.run_id)
+    assert tracked.info.status == "FINISHED"
+    assert tracked.data.metrics["predict/impressions"] == manifest.impressions
+    assert tracked.data.metrics["predict/impressions_per_second"] > 0
+    assert tracked.data.tags["data_version"] == str(manifest.version)
     source = pa.concat_tables([pq.read_table(f"{config.requests}/{f.path}") for f in manifest.files])
     stored = {
         (request, item)
