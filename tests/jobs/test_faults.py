@@ -74,8 +74,7 @@ def test_workers_killed_at_random_steps_and_a_stopped_driver_change_nothing(loca
     at = {"stop": re.findall(r"at step (\d+)", str(stopped.value)), "notice": re.findall(r"at step (\d+)", evicted)}
     for fault, (step, _) in zip(faults.done, faults.resumed, strict=True):
         if fault.what == "kill":
-            assert fault.known <= step
-            assert step % 5 == 0
+            assert fault.known <= step  # any step: a checkpoint that is due while one is being written waits
         else:
             assert [str(step)] == at[fault.what]
             assert step >= fault.known
