@@ -47,6 +47,19 @@ def test_a_container_has_what_its_limit_says(tmp_path: Path) -> None:
     assert host_memory(tmp_path) == 1_000_000
 
 
+def test_rows_are_cut_evenly() -> None:
+    """Lookup assumes it: shards cut in proportion to memory would give other embeddings on 3 ranks than on 1."""
+    table = EmbeddingConfig(name="item", num_embeddings=50, embedding_dim=8, feature_names=["item"])
+    model = nn.ModuleDict({"sparse": EmbeddingCollection(device=torch.device("meta"), tables=[table])})
+    for sizes in ((30, 30, 30), (90, 70, 30)):
+        ranks = [Place(f"host of {size}", size * GIB, 0) for size in sizes]
+        planner = EmbeddingShardingPlanner(
+            topology=topology(ranks, "cpu"), constraints=table_constraints(model, 1, 8, {}, world_size=3)
+        )
+        (row,) = describe_plan(planner.plan(model, [TableSharder()]))
+        assert [shard["rows"] for shard in row["shards"]] == [17, 17, 16]
+
+
 def test_tables_that_do_not_fit_are_refused() -> None:
     """Before anything is allocated: of twice the memory that is here."""
     rows = 2 * host_memory() // (64 * 4)
