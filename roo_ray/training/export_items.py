@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 
 from roo_ray.config import Config, Embeddings, Holdout, Model
-from roo_ray.errors import ConfigError, DataError
+from roo_ray.errors import ConfigError
 from roo_ray.ingest.stream import RankStream, StreamSettings
 from roo_ray.models.item_index import ItemIndex
 from roo_ray.models.objective import retrieval_towers
@@ -73,11 +72,8 @@ def _whole_model(folder: str | Path, schema: Schema, settings: Model) -> Ranking
     training, which may be in ways that a GPU alone can do."""
     model = RankingModel(schema, settings.model_copy(update={"embeddings": Embeddings()}))
     tensors = {"model": dict(model.state_dict())}
-    try:
-        dcp.load(tensors, storage_reader=checkpoint.SafeReader(folder), no_dist=True)
-    except dcp.api.CheckpointException as error:  # a BaseException: it would pass every `except Exception`
-        causes = [failure[0] for failure in error.failures.values()]
-        raise DataError(f"checkpoint {folder} does not fit its own model: {causes[0]}") from None
+    misfit, reader = f"checkpoint {folder} does not fit its own model", checkpoint.SafeReader(folder)
+    checkpoint.read_tensors(tensors, reader, checkpoint.read_state(folder), misfit, alone=True)
     model.load_state_dict(tensors["model"])
     return model.eval()
 
