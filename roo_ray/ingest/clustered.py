@@ -19,8 +19,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from roo_ray.errors import DataError
-from roo_ray.ingest.plan import UnitRef
 from roo_ray.ingest.read import NUM_IMPRESSIONS, BadShard, refuse_another_file
+from roo_ray.ingest.units import UnitRef
 from roo_ray.requests.manifest import Manifest, ShardFile, Unit, manifest_versions, publish_manifest
 from roo_ray.schema import Schema
 from roo_ray.sources.base import ParquetInput, common_schema, open_parquet, plain_type, read_footers

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from roo_ray.config import Config
 from roo_ray.ingest.holdout import select_files
-from roo_ray.ingest.plan import EpochPlan, plan_epoch, units_of
+from roo_ray.ingest.plan import EpochPlan, plan_epoch
+from roo_ray.ingest.units import units_of
 from roo_ray.requests.manifest import Manifest
 from roo_ray.schema import Schema
 

@@ -12,8 +12,9 @@ import numpy.typing as npt
 from roo_ray.config import Holdout
 from roo_ray.errors import DataError
 from roo_ray.ingest.clustered import MIXED_DAYS
-from roo_ray.ingest.plan import Side, units_of
+from roo_ray.ingest.plan import Side
 from roo_ray.ingest.rows import read_requests
+from roo_ray.ingest.units import units_of
 from roo_ray.requests.manifest import Manifest, ShardFile
 from roo_ray.schema import Schema
 from roo_ray.sources.hashing import Hashes, hash_rows, mix64

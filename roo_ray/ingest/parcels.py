@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from roo_ray.ingest.pack import TAGS
-from roo_ray.ingest.plan import UnitRef, Window
+from roo_ray.ingest.plan import Window
+from roo_ray.ingest.units import UnitRef
 from roo_ray.schema import Schema
 
 PARCEL_BYTES = 64_000_000

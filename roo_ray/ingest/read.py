@@ -11,7 +11,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from roo_ray.errors import DataError
-from roo_ray.ingest.plan import UnitRef
+from roo_ray.ingest.units import UnitRef
 from roo_ray.schema import Schema
 from roo_ray.sources.times import epoch_seconds, is_time_type
 from roo_ray.storage import open_filesystem

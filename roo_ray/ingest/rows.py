@@ -9,8 +9,8 @@ from typing import Literal
 import pyarrow as pa
 
 from roo_ray.ingest.clustered import ClusteredReader
-from roo_ray.ingest.plan import UnitRef
 from roo_ray.ingest.read import BadShard, UnitReader, columns_to_read, join_units
+from roo_ray.ingest.units import UnitRef
 from roo_ray.schema import Schema
 
 

@@ -10,7 +10,8 @@ from roo_ray.errors import DataError
 from roo_ray.ingest.budget import IMPRESSION_COST
 from roo_ray.ingest.holdout import check_sides, select_files
 from roo_ray.ingest.pack import PackSettings
-from roo_ray.ingest.plan import EpochPlan, Mode, Position, Side, plan_epoch, units_of
+from roo_ray.ingest.plan import EpochPlan, Mode, Position, Side, plan_epoch
+from roo_ray.ingest.units import units_of
 from roo_ray.requests.manifest import load_manifest
 from roo_ray.schema import Schema
 

@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from roo_ray.config import Model
 from roo_ray.ingest.lists import split_lists
-from roo_ray.ingest.plan import units_of
 from roo_ray.ingest.read import NUM_IMPRESSIONS
 from roo_ray.ingest.rows import read_requests
+from roo_ray.ingest.units import units_of
 from roo_ray.models.cost import cost_coefficients
 from roo_ray.requests.manifest import Manifest
 from roo_ray.schema import Schema

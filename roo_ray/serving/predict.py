@@ -28,9 +28,9 @@ from roo_ray import session
 from roo_ray.config import Config
 from roo_ray.errors import BadInput, ConfigError, DataError
 from roo_ray.ingest.lists import ranges, split_lists
-from roo_ray.ingest.plan import UnitRef, units_of
 from roo_ray.ingest.read import NUM_IMPRESSIONS
 from roo_ray.ingest.rows import read_requests
+from roo_ray.ingest.units import UnitRef, units_of
 from roo_ray.redact import redact
 from roo_ray.requests.manifest import Manifest, load_manifest
 from roo_ray.schema import Schema

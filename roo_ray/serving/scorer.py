@@ -21,10 +21,11 @@ from roo_ray.config import Holdout, Model
 from roo_ray.errors import DataError
 from roo_ray.ingest.lists import split_lists
 from roo_ray.ingest.pack import PackSettings, pack_window
-from roo_ray.ingest.plan import UnitRef, Window
+from roo_ray.ingest.plan import Window
 from roo_ray.ingest.read import NUM_IMPRESSIONS
 from roo_ray.ingest.rows import ReadRequests
 from roo_ray.ingest.tensors import PackedBatches
+from roo_ray.ingest.units import UnitRef
 from roo_ray.models.objective import logits_of, retrieval_towers
 from roo_ray.models.ranking import RankingModel
 from roo_ray.schema import Feature, Schema, parse_schema

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from statistics import fmean
 from typing import Literal, NoReturn
 
 import ray
@@ -19,7 +20,7 @@ from ray.train.torch import get_device
 
 from roo_ray import session
 from roo_ray.allocator import keep_freed_memory
-from roo_ray.config import Config, Holdout
+from roo_ray.config import Holdout
 from roo_ray.errors import Evicted, RooError, Stopped, TrainingDiverged
 from roo_ray.ingest.device import on_device
 from roo_ray.ingest.plan import Position
@@ -28,48 +29,21 @@ from roo_ray.metrics.collection import RankingMetrics
 from roo_ray.metrics.curves import CURVES_FILE
 from roo_ray.models.cost import training_megaflops
 from roo_ray.models.keyed_random import set_epoch
-from roo_ray.models.ranking import RankingModel
 from roo_ray.redact import guard_process
 from roo_ray.training import checkpoint, evaluation
 from roo_ray.training.agreement import Flags
+from roo_ray.training.build import build_model
 from roo_ray.training.clock import TrainingClock
 from roo_ray.training.counts import Counts, unreadable
 from roo_ray.training.job import WorkerJob
-from roo_ray.training.order import OrderStats
 from roo_ray.training.positions import position_over_ranks, refuse_another_stream
 from roo_ray.training.requests_of import request_ids
 from roo_ray.training.saver import KEEP_SCORE, Saver, keep_score, name_of
-from roo_ray.training.sharding import ShardedModel, shard
 from roo_ray.training.signals import StopWatch, watch_worker
 from roo_ray.training.steps import Trainer
 from roo_ray.training.throughput import Throughput
-from roo_ray.training.timing import StepTimes
 from roo_ray.training.tracking import RunHandle, RunLogger
-
-
-def build_model(config: Config, job: WorkerJob, device: torch.device) -> ShardedModel:
-    """The sharded model with its initial weights, a function of the seed alone."""
-    torch.use_deterministic_algorithms(config.training.deterministic)
-    torch.manual_seed(config.training.seed)
-    autocast = config.training.autocast == "bf16"
-    model = RankingModel(config.request_schema, config.model, torch.device("meta"), autocast)
-    model.dense.to(device)
-    return shard(
-        model,
-        config.training,
-        device,
-        batch_requests=max(1, round(job.requests_per_step / dist.get_world_size())),
-        ids_per_request=job.ids_per_request,
-        embeddings=config.model.embeddings,
-    )
-
-
-class Window:
-    """What is measured from one line of the log to the next."""
-
-    def __init__(self, tasks: list[str], device: torch.device) -> None:
-        self.metrics, self.losses = RankingMetrics(tasks), list[tuple[int, torch.Tensor]]()
-        self.throughput, self.order, self.times = Throughput(), OrderStats(), StepTimes(device)
+from roo_ray.training.window import Window
 
 
 class Worker:
@@ -309,22 +283,14 @@ class Worker:
         """Logs the steps since the last call, over all ranks (collective)."""
         if not window.losses:
             return
-        curve = torch.stack([loss for _, loss in window.losses]).double()
-        dist.all_reduce(curve)
-        for (step, _), loss in zip(window.losses, curve.tolist(), strict=True):
+        losses, values = window.over_ranks(self.lifetime, self.config.ingest.interleave is not None)
+        for step, loss in losses:
             self.logger.metrics({"train/loss": loss}, step)
-        merged = window.metrics.merge()
-        self.lifetime.add(merged)
-        values = {f"train/{name}": value for name, value in merged.compute().items()}
-        values |= {f"train_lifetime/{name}": value for name, value in self.lifetime.compute().items()}
-        values |= window.throughput.over_ranks(self.device, "train")
-        values |= window.order.over_ranks(self.device, "train", self.config.ingest.interleave is not None)
-        values |= window.times.over_ranks(self.device)
         self.logger.metrics(values, self.steps_done)
         task = self.tasks[0]
         self.say(
             f"epoch {epoch + 1}/{self.config.training.epochs}  step {self.steps_done}  "
-            f"loss {curve.mean():.4f}  {task} NE {values[f'train/{task}/ne']:.4f}  "
+            f"loss {fmean(loss for _, loss in losses):.4f}  {task} NE {values[f'train/{task}/ne']:.4f}  "
             f"{values['train/requests_per_second']:,.0f} requests/s  "
             f"{values['train/impressions_per_second']:,.0f} impressions/s  "
             f"data wait {values['train/data_wait_share']:.1%}"

@@ -21,9 +21,10 @@ from roo_ray.ingest import clustered
 from roo_ray.ingest.clustered import index_impressions, unit_starts
 from roo_ray.ingest.holdout import select_files
 from roo_ray.ingest.pack import PackSettings, pack_window
-from roo_ray.ingest.plan import UnitRef, Window, block_starts, units_of
+from roo_ray.ingest.plan import Window, block_starts
 from roo_ray.ingest.stream import RankStream, StreamSettings
 from roo_ray.ingest.tensors import PackedBatches
+from roo_ray.ingest.units import UnitRef, units_of
 from roo_ray.requests.grouping import group_impressions
 from roo_ray.requests.manifest import Manifest, load_manifest
 from roo_ray.schema import Schema

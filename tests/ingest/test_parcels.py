@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from roo_ray.ingest.pack import pack_window
 from roo_ray.ingest.parcels import PARCEL_BYTES, PackedSize, parcel_bytes, parcels, split_parcel
-from roo_ray.ingest.plan import UnitRef, Window
+from roo_ray.ingest.plan import Window
 from roo_ray.ingest.stream import StreamSettings
+from roo_ray.ingest.units import UnitRef
 from tests.ingest import shard_maker
 from tests.ingest.shard_maker import Row
 

@@ -18,15 +18,14 @@ from roo_ray.ingest.holdout import check_sides, rows_of_side, select_files
 from roo_ray.ingest.plan import (
     EpochPlan,
     Mode,
-    Units,
     derive_seed,
     lanes_of_rank,
     permutation,
     plan_digest,
     plan_epoch,
     unit_costs,
-    units_of,
 )
+from roo_ray.ingest.units import Units, units_of
 from roo_ray.requests.manifest import Manifest, ShardFile, Unit
 from roo_ray.requests.shards import WriteOptions, write_shards
 from roo_ray.sources.hashing import mix64

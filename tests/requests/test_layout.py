@@ -13,8 +13,8 @@ import pytest
 
 from roo_ray.config import Build, Config
 from roo_ray.errors import DataError
-from roo_ray.ingest.plan import units_of
 from roo_ray.ingest.read import UnitReader
+from roo_ray.ingest.units import units_of
 from roo_ray.requests import join
 from roo_ray.requests.grouping import explode_requests
 from roo_ray.requests.join import build_requests

@@ -19,8 +19,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from roo_ray.config import Holdout, Model
 from roo_ray.errors import DataError
 from roo_ray.ingest.pack import PackSettings, pack_window
-from roo_ray.ingest.plan import UnitRef, Window, units_of
+from roo_ray.ingest.plan import Window
 from roo_ray.ingest.tensors import PackedBatches
+from roo_ray.ingest.units import UnitRef, units_of
 from roo_ray.models.ranking import RankingModel
 from roo_ray.requests.manifest import Manifest, load_manifest
 from roo_ray.serving.export import export_model, input_types

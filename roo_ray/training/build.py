@@ -1,0 +1,28 @@
+"""The model of a job, sharded over its ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from roo_ray.config import Config
+from roo_ray.models.ranking import RankingModel
+from roo_ray.training.job import WorkerJob
+from roo_ray.training.sharding import ShardedModel, shard
+
+
+def build_model(config: Config, job: WorkerJob, device: torch.device) -> ShardedModel:
+    """The sharded model with its initial weights, a function of the seed alone."""
+    torch.use_deterministic_algorithms(config.training.deterministic)
+    torch.manual_seed(config.training.seed)
+    autocast = config.training.autocast == "bf16"
+    model = RankingModel(config.request_schema, config.model, torch.device("meta"), autocast)
+    model.dense.to(device)
+    return shard(
+        model,
+        config.training,
+        device,
+        batch_requests=max(1, round(job.requests_per_step / dist.get_world_size())),
+        ids_per_request=job.ids_per_request,
+        embeddings=config.model.embeddings,
+    )
