@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from roo_ray.models.attention_layout import Layout
 from roo_ray.models.bucketed_attention import bucketed_attention
+from roo_ray.models.precision import at_least_float32
 
 
 def position_bias(weights: Tensor, length: int) -> Tensor:
@@ -66,7 +67,7 @@ def attention(
             return triton_attention(qkv, layout.lengths, layout.ages, longest, heads, normaliser, position, time)
         return padded_attention(qkv, layout, heads, normaliser, position, time)
     with torch.autocast("cpu", enabled=False):  # scores in float32: the CPU gains nothing below it
-        return bucketed_attention(qkv.float(), layout, heads, normaliser, position, time).to(qkv.dtype)
+        return bucketed_attention(at_least_float32(qkv), layout, heads, normaliser, position, time).to(qkv.dtype)
 
 
 @cache

@@ -21,6 +21,7 @@ from roo_ray.ingest.batch import Jagged, RequestBatch, impression_id_keys, reque
 from roo_ray.models.contract import ModelInputs, SequenceInputs
 from roo_ray.models.jagged import segment_mean, segment_sum, sum_lengths
 from roo_ray.models.keyed_random import combine_keys
+from roo_ray.models.precision import at_least_float32
 from roo_ray.schema import Feature, Schema
 
 
@@ -82,7 +83,7 @@ class EmbeddingLookup(nn.Module):
         found: dict[str, Tensor] = {}
         for result in started.values():
             tensors: dict[str, JaggedTensor] = result.wait() if isinstance(result, Awaitable) else result
-            found.update({key: jagged.values().float() for key, jagged in tensors.items()})
+            found.update({key: at_least_float32(jagged.values()) for key, jagged in tensors.items()})
         ids = batch.request_ids | batch.impression_ids
         return {key: Jagged(values, ids[key].lengths) for key, values in found.items()}
 

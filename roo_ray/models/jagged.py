@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from roo_ray.models.precision import at_least_float32
+
 
 def segment_sum(values: Tensor, lengths: Tensor) -> Tensor:
     """Sums each segment: values (T, D), lengths (B,) int64 with sum T -> (B, D). An empty segment gives 0."""
-    if values.dtype in (torch.float16, torch.bfloat16):  # sums of many terms want float32
-        values = values.float()
+    values = at_least_float32(values)  # sums of many terms want it
     return torch.segment_reduce(values, "sum", lengths=lengths, axis=0, unsafe=True)
 
 
@@ -34,8 +35,8 @@ def sum_lengths(lengths: Tensor, groups: Tensor) -> Tensor:
 
 
 def segment_softmax(scores: Tensor, lengths: Tensor) -> Tensor:
-    """Softmax within each segment: scores (T,), lengths (B,) int64 -> (T,) float32."""
-    scores = scores.float()
+    """Softmax within each segment: scores (T,), lengths (B,) int64 -> (T,) float32 or wider."""
+    scores = at_least_float32(scores)
     top = torch.segment_reduce(scores.detach(), "max", lengths=lengths, axis=0, unsafe=True)  # (B,)
     weights = torch.exp(scores - torch.repeat_interleave(top, lengths, output_size=scores.numel()))
     totals = segment_sum(weights.unsqueeze(1), lengths).squeeze(1)  # (B,)

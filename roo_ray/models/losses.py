@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from roo_ray.models.precision import at_least_float32
+
 
 def task_loss_sums(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Weighted sums of the binary cross-entropy per task, over this rank's impressions: (K,) float32.
 
     logits, labels, weights: (B_NRO, K). An impression of weight 0 has no part in the sum nor in the gradient.
     """
-    losses = functional.binary_cross_entropy_with_logits(logits.float(), labels, reduction="none")
+    losses = functional.binary_cross_entropy_with_logits(at_least_float32(logits), labels, reduction="none")
     return (losses * weights).sum(0)
 
 

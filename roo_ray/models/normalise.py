@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
+from roo_ray.models.precision import at_least_float32
+
 
 class GlobalBatchNorm(nn.Module):
     """BatchNorm over the global batch, as SyncBatchNorm but on every device, each row weighted by the impressions that
@@ -32,8 +34,8 @@ class GlobalBatchNorm(nn.Module):
         if not self.training:
             mean, variance = self.running_mean, self.running_variance
         else:
-            weights = weights.float().unsqueeze(1)  # (B, 1)
-            values = values.float()
+            values = at_least_float32(values)
+            weights = weights.to(values.dtype).unsqueeze(1)  # (B, 1)
             first = _over_ranks(torch.cat([(values * weights).sum(0), weights.sum(0)]))  # (D + 1,)
             count = first[-1]  # impressions
             total = count.clamp(min=1.0)

@@ -17,6 +17,7 @@ from roo_ray.models.contract import ModelInputs, RequestOnlyModel
 from roo_ray.models.embeddings import EmbeddingLookup, model_inputs, without_future_events
 from roo_ray.models.features import position_column
 from roo_ray.models.normalise import warn_of_plain_batch_norm
+from roo_ray.models.precision import at_least_float32
 from roo_ray.models.stochastic_length import StochasticLength
 from roo_ray.schema import Schema
 
@@ -77,7 +78,7 @@ class RankingModel(nn.Module):
         inputs = self.inputs(batch)
         with torch.autocast(inputs.impression_dense.device.type, torch.bfloat16, enabled=self.autocast):
             logits: Tensor = self.dense(inputs)
-        return logits.float()
+        return at_least_float32(logits)
 
 
 def _as_ingested(schema: Schema, settings: Model) -> float:

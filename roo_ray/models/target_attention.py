@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from roo_ray.models.precision import at_least_float32
+
 TARGETS_PER_ROW = 16
 
 
@@ -119,7 +121,7 @@ def _attend(
 ) -> Tensor:
     width = query.shape[1]
     with torch.autocast(query.device.type, enabled=False):
-        query, memory = query.float(), memory.float()
+        query, memory = at_least_float32(query), at_least_float32(memory)
         if not layout.buckets:  # no history, yet every parameter must take part
             return 0.0 * (query + memory.sum() + (0.0 if bias is None else bias.sum()))
         out = query.new_zeros(query.shape)

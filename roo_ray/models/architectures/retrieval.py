@@ -10,6 +10,7 @@ from roo_ray.config import Model
 from roo_ray.errors import ConfigError
 from roo_ray.models.architectures.two_tower import ItemTower, UserTower
 from roo_ray.models.contract import ModelInputs, RequestOnlyModel, UserState
+from roo_ray.models.precision import at_least_float32
 from roo_ray.schema import Schema
 
 
@@ -41,11 +42,11 @@ class RetrievalTowers(RequestOnlyModel):
 
     def user_side(self, inputs: ModelInputs) -> UserState:
         """``user`` (B_RO, D), of length 1."""
-        return UserState({"user": functional.normalize(self.user_tower(inputs).float(), dim=1)})
+        return UserState({"user": functional.normalize(at_least_float32(self.user_tower(inputs)), dim=1)})
 
     def impression_side(self, user: UserState, inputs: ModelInputs) -> Tensor:
         """Pairs (B_NRO, 2 D): the user's vector, then the item's, which is a function of the candidate alone."""
-        items = functional.normalize(self.item_tower(inputs).float(), dim=1)
+        items = functional.normalize(at_least_float32(self.item_tower(inputs)), dim=1)
         return torch.cat([user.vectors["user"], items], dim=1)
 
     def count_items(self, items: Tensor) -> None:
