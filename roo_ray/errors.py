@@ -26,12 +26,24 @@ class ClusterError(BadInput):
     """The cluster cannot run the job as configured: no CPUs left for Ray Data, too few GPUs."""
 
 
+class StorageError(RooError):
+    """A file could not be read or written, though it may be whole: its storage fails. Jobs exit with 1."""
+
+
 class TrainingDiverged(RooError):
     """The loss of a batch is not finite; the message names the batch's requests. Jobs exit with 1."""
 
 
 class PublishRefused(RooError):
     """A model is worse than the published one by more than the config allows. Jobs exit with 1."""
+
+
+class NoWorkers(RooError):
+    """No worker of a job has run for longer than the config allows: it waits for nodes. Jobs exit with 1."""
+
+
+class NotChecked(RooError):
+    """Preflight could not look at all that the run needs: what is not there yet may be wrong. Jobs exit with 1."""
 
 
 class Evicted(RooError):

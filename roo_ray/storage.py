@@ -24,6 +24,11 @@ def open_filesystem(path: str) -> tuple[pafs.FileSystem, str]:
     return filesystem, inner
 
 
+def is_local(path: str) -> bool:
+    """Whether a path or URI is in this machine's own file system, or in one that is mounted there."""
+    return "://" not in path or path.startswith("file://")
+
+
 def without_secrets(path: str) -> str:
     """A path or URI without the keys that may stand in it, to be kept and shown."""
     return re.sub(r"(?<=://)[^/@]*@", "", path.partition("?")[0])

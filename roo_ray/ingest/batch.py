@@ -62,7 +62,8 @@ class RequestBatch:
                       random choices.
     impression_index  (B_NRO,) int64: the impression's position within its request as stored; kept by
                       ``explode``, so random choices do not depend on the form of the batch.
-    user_key          (B_RO,) int64: stable hash of the user.
+    user_key          (B_RO,) int64: stable hash of the user; of a null user the request's key, so that anonymous
+                      requests are not of one user.
     request_time      (B_RO,) float64, seconds since the epoch (UTC).
     request_dense     (B_RO, D_r) float32: the request-level dense columns in the schema's order.
     impression_dense  (B_NRO, D_n) float32.

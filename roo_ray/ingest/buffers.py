@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from roo_ray.ingest.batch import RequestBatch
-from roo_ray.ingest.plan import EpochPlan, Position
+from roo_ray.ingest.plan import Position
 from roo_ray.ingest.tensors import PackedBatches
 from roo_ray.schema import Schema
 
@@ -39,9 +39,9 @@ class Taken:
 
 @dataclass
 class LaneBuffer:
-    """A lane's batches at hand. ``coming``: windows that have yet to arrive, over all epochs; ``coming_of``: per
-    epoch; ``expected``: the next window of each epoch; ``skipped``: per epoch, requests that could not be read, which
-    no batch has told of yet."""
+    """A lane's batches at hand. ``coming``: windows that have yet to arrive, over the epochs that were come to;
+    ``coming_of``: per epoch; ``expected``: the next window of each epoch; ``skipped``: per epoch, requests that could
+    not be read, which no batch has told of yet."""
 
     batches: deque[Taken] = field(default_factory=deque)
     coming: int = 0
@@ -52,24 +52,42 @@ class LaneBuffer:
 
 class Buffers:
     """Between the reading thread (``fill``) and the trainer (``take``). Batches that were taken before ``start``
-    are passed over."""
+    are passed over. ``windows``: of an epoch, how many windows each lane has; asked when the reader or the trainer
+    comes to it."""
 
     def __init__(
-        self, plans: Sequence[EpochPlan], lanes: Sequence[int], schema: Schema, prefetch: int, start: Position | None
+        self,
+        epochs: Sequence[int],
+        windows: Callable[[int], Sequence[int]],
+        lanes: Sequence[int],
+        schema: Schema,
+        prefetch: int,
+        start: Position | None,
     ) -> None:
         self.schema, self.prefetch, self.start = schema, prefetch, start
-        self.order = {plan.epoch: place for place, plan in enumerate(plans)}
-        self.lanes: dict[int, LaneBuffer] = {}
-        for lane in lanes:
-            buffer = self.lanes[lane] = LaneBuffer()
-            for plan in plans:
-                first = start.window(plan.epoch, lane) if start else 0
-                buffer.expected[plan.epoch] = first
-                buffer.coming_of[plan.epoch] = max(plan.num_windows(lane) - first, 0)
-            buffer.coming = sum(buffer.coming_of.values())
+        self.order = {epoch: place for place, epoch in enumerate(epochs)}
+        self.windows = windows
+        self.lanes = {lane: LaneBuffer() for lane in lanes}
+        self.begun: set[int] = set()
         self.changed = threading.Condition()
         self.error: BaseException | None = None
         self.stopped = False
+
+    def _begin(self, epoch: int) -> None:
+        """Comes to an epoch; before this nothing of it is known."""
+        if epoch in self.begun:
+            return
+        windows = self.windows(epoch)  # may take a while: others need not wait for it
+        with self.changed:
+            if epoch in self.begun:
+                return
+            for lane, buffer in self.lanes.items():
+                first = self.start.window(epoch, lane) if self.start else 0
+                buffer.expected[epoch] = first
+                buffer.coming_of[epoch] = max(windows[lane] - first, 0)
+                buffer.coming += buffer.coming_of[epoch]
+            self.begun.add(epoch)
+            self.changed.notify_all()
 
     def _hungry(self) -> bool:
         # any lane, as windows come in a fixed order: the one a lane waits for may be behind another lane's
@@ -87,6 +105,8 @@ class Buffers:
                     self.changed.wait_for(lambda: self.stopped or self._hungry() or not self._coming())
                     if self.stopped:
                         return
+            for epoch in self.order:
+                self._begin(epoch)
             if self._coming():
                 raise RuntimeError(f"the reader ended with {self._coming()} windows missing")
         except BaseException as error:
@@ -105,6 +125,7 @@ class Buffers:
         """A window's table: all its batches, or the mark of an empty window."""
         epoch, lane_id, window, batches = (int(packed.tags[tag][0]) for tag in ("epoch", "lane", "window", "batches"))
         done = self.start.taken(epoch, lane_id, window) if self.start else 0
+        self._begin(epoch)
         with self.changed:
             lane = self.lanes[lane_id]
             if window != lane.expected[epoch]:
@@ -127,6 +148,7 @@ class Buffers:
         Batches that are left from earlier epochs are passed over. Raises what the reader raised.
         """
         lane = self.lanes[lane_id]
+        self._begin(epoch)
         with self.changed:
             while True:
                 while lane.batches and self.order[lane.batches[0].epoch] < self.order[epoch]:

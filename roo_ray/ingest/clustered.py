@@ -19,16 +19,28 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from roo_ray.errors import DataError
-from roo_ray.ingest.read import NUM_IMPRESSIONS, BadShard, refuse_another_file
+from roo_ray.ingest.faults import BadShard, Watch, read_or_tell
+from roo_ray.ingest.read import NUM_IMPRESSIONS, refuse_another_file
 from roo_ray.ingest.units import UnitRef
 from roo_ray.requests.manifest import Manifest, ShardFile, Unit, manifest_versions, publish_manifest
 from roo_ray.schema import Schema
-from roo_ray.sources.base import ParquetInput, common_schema, open_parquet, plain_type, read_footers
-from roo_ray.sources.columns import as_array, list_parts, offsets_of
-from roo_ray.sources.compare import differing_rows, sort_codes
+from roo_ray.sources.base import (
+    AGAIN,
+    UNREADABLE,
+    ParquetInput,
+    common_schema,
+    open_parquet,
+    plain_type,
+    read_footers,
+    read_group,
+    to_plain,
+)
+from roo_ray.sources.columns import as_array, is_list, list_parts, offsets_of
+from roo_ray.sources.compare import differing_rows, same_as_previous, sort_codes
 from roo_ray.sources.hashing import Hashes, hash_rows
 from roo_ray.sources.times import day_name, epoch_seconds, utc_days
 from roo_ray.storage import open_filesystem
+from roo_ray.watched import parquet_fault
 
 Integers = npt.NDArray[np.int64]
 
@@ -39,40 +51,75 @@ MIXED_DAYS = ""
 """``ShardFile.day`` of a file whose requests are of several days."""
 
 
-def form_requests(table: pa.Table, schema: Schema, columns: Sequence[str]) -> pa.Table:
+def form_requests(table: pa.Table, schema: Schema, columns: Sequence[str], name: str) -> pa.Table:
     """Request rows of impressions, in the order in which requests begin; ``columns``: what is wanted of them.
 
     Impressions are in order of ``keys.position``, then ``keys.impression``, as a build has them. Raises DataError
-    where a request-level column varies within a request.
+    where a request-level column varies within a request, and where an impression's key comes again in its request.
+    ``name``: what rows these are, of which file.
     """
     keys = hash_rows(table, schema.keys.request)
     _, first, which = np.unique(keys, return_index=True, return_inverse=True)
     request = np.argsort(np.argsort(first, kind="stable"), kind="stable")[which]  # (rows,) in order of appearance
-    within = [schema.keys.position] if schema.keys.position else []
-    within += [name for name in schema.keys.impression if name not in schema.keys.request]
-    sort = [sort_codes(table.column(name)) for name in dict.fromkeys(within)]
-    order = np.lexsort([*reversed(sort), request])
+    own = [column for column in schema.keys.impression if column not in schema.keys.request]
+    within = dict.fromkeys([*([schema.keys.position] if schema.keys.position else []), *own])
+    codes = {column: sort_codes(table.column(column)) for column in within}
+    order = np.lexsort([*reversed(codes.values()), request])
+    _refuse_duplicates(table, schema, own, [request, *(codes[column] for column in own)], order, name)
     lengths = np.bincount(request)
     starts = np.cumsum(lengths) - lengths
     kept, offsets = pa.array(order[starts]), offsets_of(lengths)
     firsts = np.repeat(order[starts], lengths)
     formed = {}
-    for name in columns:
-        if name == NUM_IMPRESSIONS:
-            formed[name] = pa.array(lengths.astype(np.int32))
-        elif name in schema.request_columns:
-            differs = differing_rows(table.column(name), order, firsts)
+    for column in columns:
+        if column == NUM_IMPRESSIONS:
+            formed[column] = pa.array(lengths.astype(np.int32))
+        elif column in schema.request_columns:
+            differs = differing_rows(table.column(column), order, firsts)
             if differs.any():
-                row = int(order[np.argmax(differs)])
-                key = ", ".join(f"{k}={table.column(k)[row]}" for k in schema.keys.request)
+                key = _key(table, schema.keys.request, int(order[np.argmax(differs)]))
                 raise DataError(
-                    f"column '{name}' varies within request {key}, but the schema has it once per request; correct "
-                    "the log, declare the column impression-level, or add columns to keys.request"
+                    f"{name}: column '{column}' varies within request {key}, but the schema has it once per request; "
+                    "correct the log, declare the column impression-level, or add columns to keys.request"
                 )
-            formed[name] = as_array(table.column(name)).take(kept)
+            formed[column] = as_array(table.column(column)).take(kept)
         else:
-            formed[name] = pa.ListArray.from_arrays(offsets, as_array(table.column(name)).take(pa.array(order)))
+            formed[column] = pa.ListArray.from_arrays(offsets, as_array(table.column(column)).take(pa.array(order)))
     return pa.table(formed)
+
+
+def _key(table: pa.Table, columns: Sequence[str], row: int) -> str:
+    return ", ".join(f"{column}={table.column(column)[row]}" for column in columns)
+
+
+def _refuse_duplicates(
+    table: pa.Table, schema: Schema, own: Sequence[str], codes: Sequence[Integers], order: Integers, name: str
+) -> None:
+    """``codes``: of the request and of each of its impressions' ``own`` key columns, (rows,) each. ``order``: the rows
+    by the request, by position where there is one, and by these."""
+    if not own:
+        return
+    if schema.keys.position and schema.keys.position not in own:  # equal ones may be apart
+        order = np.lexsort([*reversed(codes)])
+    again = same_as_previous(codes, order)
+    if again.any():
+        row = int(order[np.argmax(again)])
+        raise DataError(
+            f"{name}: {int(again.sum())} impressions repeat the key of another one of their request, the first: "
+            f"{_key(table, own, row)} in request {_key(table, schema.keys.request, row)}; remove the duplicates from "
+            "the log, correct keys.impression, or build request shards with build.on_duplicate_impression: drop"
+        )
+
+
+def plain_rows(table: pa.Table, schema: Schema) -> pa.Table:
+    """Rows in types that those of all files fit, where the index has found their kinds the same: plain ones, whatever
+    way of storing a file has chosen. A sequence without a type, as a file without any history has it, is of lists."""
+    events = {column for feature in schema.sequences for column in feature.source_columns}
+    fields = []
+    for field in table.schema:
+        kind = plain_type(field.type)
+        fields.append(pa.field(field.name, pa.list_(kind) if kind == pa.null() and field.name in events else kind))
+    return to_plain(table, pa.schema(fields))
 
 
 class RowCursor:
@@ -100,7 +147,10 @@ class RowCursor:
         parts: list[pa.RecordBatch] = []
         while count:
             if not self._rest.num_rows:
-                self._rest = next(self._batches)
+                decoded = next(self._batches, None)
+                if decoded is None:
+                    raise pa.ArrowInvalid("a row group has fewer rows than its footer says")
+                self._rest = decoded
             passed = min(begin - self._at, self._rest.num_rows)
             part = self._rest.slice(passed, count)
             self._at += passed + part.num_rows
@@ -120,41 +170,43 @@ class ClusteredReader:
         self.stored = [name for name in dict.fromkeys(wanted) if name != NUM_IMPRESSIONS]
         self._open: tuple[str, RowCursor] | None = None
 
-    def _rows(self, unit: UnitRef) -> RowCursor:
+    def _rows(self, unit: UnitRef, watch: Watch) -> RowCursor:
         path = unit.path
-        if self._open is None or self._open[0] != path:
-            filesystem, inner = open_filesystem(path)
-            local = isinstance(filesystem, pafs.LocalFileSystem)
-            file = pq.ParquetFile(filesystem.open_input_file(inner), pre_buffer=not local)
-            size = data_bytes(file.metadata)
-            if unit.file_bytes and size != unit.file_bytes:
-                raise BadShard(
-                    f"{path} has {size:,} bytes of data, the index says {unit.file_bytes:,}: it is another file; "
-                    f"{INDEX}"
-                )
-            self._open = (path, RowCursor(file, self.stored))
-        return self._open[1]
+        if self._open is not None and self._open[0] == path and not watch.watching:
+            return self._open[1]
+        self._open = None
+        filesystem, inner = open_filesystem(path)
+        local = isinstance(filesystem, pafs.LocalFileSystem)
+        source = filesystem.open_input_file(inner)
+        source = watch.over(source, None if local else source.size(), local)
+        file = pq.ParquetFile(source, pre_buffer=not local)
+        size = data_bytes(file.metadata)
+        if unit.file_bytes and size != unit.file_bytes:
+            raise BadShard(
+                f"{path} has {size:,} bytes of data, the index says {unit.file_bytes:,}: it is another file; {INDEX}"
+            )
+        cursor = RowCursor(file, self.stored)
+        if not watch.watching:
+            self._open = (path, cursor)
+        return cursor
 
     def read(self, unit: UnitRef) -> pa.Table:
-        """The unit's request rows. Raises BadShard where the file is missing, damaged or changed."""
+        """The unit's request rows. Raises BadShard where the file is missing, damaged or changed, and StorageError
+        where storage fails."""
         assert unit.rows is not None
         begin, count = unit.rows
-        try:
-            rows = self._rows(unit)
+
+        def run(watch: Watch) -> pa.Table:
+            rows = self._rows(unit, watch)
             if begin + count > rows.starts[-1]:
                 raise BadShard(f"{unit.path} has {rows.starts[-1]} rows, fewer than the manifest says; {INDEX}")
-            table = rows.read(begin, count)
-        except FileNotFoundError:
-            raise BadShard(f"{unit.path} is missing; restore it, or {INDEX}") from None
-        except (OSError, pa.ArrowException) as error:
-            self._open = None
-            reason = " ".join(str(error).split())[:200]
-            raise BadShard(
-                f"{unit.path} cannot be read, it is truncated or damaged ({reason}); restore it, or {INDEX}"
-            ) from None
+            return rows.read(begin, count)
+
+        restore = f"restore it, or {INDEX}"
+        table = plain_rows(read_or_tell(run, unit.path, restore, restore), self.schema)
         name = f"{unit.path}, rows {begin} to {begin + count}"
         refuse_another_file(unit, table, self.schema.keys.time, name, INDEX)
-        requests = form_requests(table, self.schema, self.columns)
+        requests = form_requests(table, self.schema, self.columns, name)
         if requests.num_rows != unit.requests:
             raise BadShard(f"{name}: {requests.num_rows} requests, the manifest says {unit.requests}; {INDEX}")
         return requests
@@ -206,13 +258,20 @@ def unit_starts(requests: Integers, groups: Integers, most: int) -> tuple[npt.ND
     return opens, np.where(parts[block_of] > 1, groups, -1)
 
 
-def _index_file(item: ParquetInput, schema: Schema, cluster: Sequence[str], unit_requests: int) -> _Indexed:
+def _index_file(
+    item: ParquetInput, schema: Schema, cluster: Sequence[str], unit_requests: int, mean_tokens: float
+) -> _Indexed:
     names = list(dict.fromkeys([*schema.keys.request, *cluster, schema.keys.time]))
+
+    def read(file: pq.ParquetFile) -> pa.Table:
+        return plain_rows(file.read(columns=names, use_threads=False), schema)
+
     with open_parquet(item.root, item.path) as file:
         try:
-            table = file.read(columns=names, use_threads=False)
+            table = read(file)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{item.path} cannot be read ({error}); write or copy it again") from None
+            filesystem, _ = open_filesystem(item.root)
+            raise parquet_fault(error, filesystem, item.path, item.path, AGAIN, says=UNREADABLE, again=read) from None
     for name in {*schema.keys.request, *cluster}:
         if table.column(name).null_count:
             raise DataError(f"{item.path}: key column '{name}' has {table.column(name).null_count} nulls; remove them")
@@ -238,7 +297,7 @@ def _index_file(item: ParquetInput, schema: Schema, cluster: Sequence[str], unit
         Unit(
             requests=int(r),
             impressions=int(stop - start),
-            tokens=0,
+            tokens=round(mean_tokens * int(r)),
             first_row=int(start),
             time_min=float(seconds[start:stop].min()),
             time_max=float(seconds[start:stop].max()),
@@ -251,7 +310,7 @@ def _index_file(item: ParquetInput, schema: Schema, cluster: Sequence[str], unit
         day=day_name(int(days[0])) if (days == days[0]).all() else MIXED_DAYS,
         requests=len(pieces),
         impressions=rows,
-        tokens=0,
+        tokens=sum(unit.tokens for unit in units),
         bytes=data_bytes(item.metadata),
         time_min=float(seconds.min()),
         time_max=float(seconds.max()),
@@ -261,14 +320,14 @@ def _index_file(item: ParquetInput, schema: Schema, cluster: Sequence[str], unit
 
 
 def _mean_tokens(item: ParquetInput, schema: Schema) -> float:
-    """Mean history events of an impression's request, on the first row group: for cost estimates alone."""
-    if not schema.sequences:
-        return 0.0
+    """Mean history events of an impression's request, on the first row group: for cost estimates alone. 0 where that
+    has no lists, which is said where they are read."""
     names = [feature.source_columns[0] for feature in schema.sequences]
-    with open_parquet(item.root, item.path) as file:
-        table = file.read_row_group(0, columns=names, use_threads=False)
-    plain = table.cast(pa.schema([pa.field(name, plain_type(table.schema.field(name).type)) for name in names]))
-    return float(sum(list_parts(as_array(plain.column(name)))[0].mean() for name in names)) if plain.num_rows else 0.0
+    if not names or not item.metadata.num_row_groups:
+        return 0.0
+    table = plain_rows(read_group(item, 0, names), schema)
+    lists = [as_array(column) for column in table.columns if is_list(column.type)]
+    return float(sum(list_parts(array)[0].mean() for array in lists)) if table.num_rows else 0.0
 
 
 def index_impressions(
@@ -283,8 +342,9 @@ def index_impressions(
     inputs = read_footers(paths)
     common_schema(inputs, list(dict.fromkeys([*schema.columns, *cluster])))
     by = list(cluster) or list(schema.keys.request)
+    tokens = _mean_tokens(next((item for item in inputs if item.metadata.num_rows), inputs[0]), schema)
     with ThreadPoolExecutor(THREADS) as pool:
-        indexed = list(pool.map(lambda item: _index_file(item, schema, by, unit_requests), inputs))
+        indexed = list(pool.map(lambda item: _index_file(item, schema, by, unit_requests, tokens), inputs))
     pieces = np.sort(np.concatenate([part.pieces for part in indexed]))
     if not len(pieces):
         raise DataError(f"{', '.join(paths)}: {len(inputs)} Parquet files without a single row")
@@ -296,10 +356,7 @@ def index_impressions(
             f"({len(again) / distinct:.1%}) lie in several places; group it into request shards with "
             "python jobs/build_requests.py --config FILE, or write it sorted by these columns"
         )
-    tokens = _mean_tokens(inputs[0], schema)
-    files = [
-        part.file.model_copy(update={"tokens": round(tokens * part.file.requests)}) for part in indexed if part.file
-    ]
+    files = [part.file for part in indexed if part.file]
     version = max(manifest_versions(data_set), default=0) + 1
     manifest = Manifest(
         version=version,

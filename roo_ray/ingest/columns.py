@@ -25,7 +25,8 @@ Floats = npt.NDArray[np.float32]
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6}
 
 
-def _plain(values: pa.Array) -> pa.Array:
+def plain_values(values: pa.Array) -> pa.Array:
+    """The values, decoded where they are dictionary-encoded."""
     return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
 
 
@@ -35,7 +36,7 @@ def _first(mask: npt.NDArray[np.bool_]) -> int:
 
 def _to_float(values: pa.Array, column: str) -> Floats:
     """(N,) float32, NaN where null."""
-    values = _plain(values)
+    values = plain_values(values)
     kind = values.type
     if not (
         pa.types.is_integer(kind)
@@ -56,7 +57,7 @@ def ids_of(
 
     Raises DataError at a null without ``fill_id``, at an id outside the table, at a type that is no id.
     """
-    values = _plain(values)
+    values = plain_values(values)
     nulls = np.asarray(values.is_null()) if values.null_count else None
     if nulls is not None and fill_id is None:
         raise DataError(
@@ -116,7 +117,7 @@ def labels_of(values: pa.Array, column: str, where: Where) -> tuple[Floats, Floa
 
     Raises DataError at a NaN, and at any other value than 0 and 1.
     """
-    values = _plain(values)
+    values = plain_values(values)
     floats = _to_float(values, column)
     known = np.asarray(values.is_valid())
     bad = known & (floats != 0) & (floats != 1)

@@ -1,9 +1,9 @@
 """How many steps an epoch will have, from the manifest alone: the plan's own lanes and windows, with the batches that
-their mean requests fill. Nothing is read; the true number is known by packing (``pack``)."""
+their mean requests fill. No request is read; the true number is known by packing (``pack``)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ from roo_ray.config import Config
 from roo_ray.ingest.holdout import select_files
 from roo_ray.ingest.plan import EpochPlan, plan_epoch
 from roo_ray.ingest.units import units_of
+from roo_ray.requests.lengths import mean_ids, sequence_shares
 from roo_ray.requests.manifest import Manifest
 from roo_ray.schema import Schema
 
@@ -19,22 +20,30 @@ Floats = npt.NDArray[np.float64]
 EPOCHS_LOOKED_AT = 3  # their numbers of steps differ little: the units are dealt anew
 
 
-def kept_events(schema: Schema, tokens: Floats) -> tuple[Floats, Floats]:
+def kept_events(schema: Schema, tokens: Floats, shares: Mapping[str, float] | None = None) -> tuple[Floats, Floats]:
     """(history events, sum over sequences of squared lengths) of a mean request that the model sees, when requests
-    have ``tokens`` (any shape) events, shared evenly by the schema's sequences."""
+    have ``tokens`` (any shape) events, of which each sequence has its share (``lengths.sequence_shares``), without
+    them all the same."""
     total, squares = np.zeros_like(tokens), np.zeros_like(tokens)
     for sequence in schema.sequences:
-        length = tokens / len(schema.sequences)
+        length = tokens * (shares[sequence.name] if shares else 1 / len(schema.sequences))
         if sequence.max_length is not None:
             length = np.minimum(length, sequence.max_length)
         total, squares = total + length, squares + length**2
     return total, squares
 
 
-def mean_cost(schema: Schema, coefficients: Sequence[float], impressions: Floats, tokens: Floats) -> Floats:
-    """The cost of a mean request, in the unit of the ``coefficients`` of 1, t, t squared, n and n t."""
+def mean_cost(
+    schema: Schema,
+    coefficients: Sequence[float],
+    impressions: Floats,
+    tokens: Floats,
+    shares: Mapping[str, float] | None = None,
+) -> Floats:
+    """The cost of a mean request, in the unit of the ``coefficients`` of 1, t, t squared, n and n t. ``shares``: as in
+    ``kept_events``."""
     one, t, tt, n, nt = coefficients
-    seen, squares = kept_events(schema, tokens)
+    seen, squares = kept_events(schema, tokens, shares)
     cost: Floats = one + t * seen + tt * squares + n * impressions + nt * impressions * seen
     return cost
 
@@ -55,6 +64,8 @@ def expected_steps(config: Config, manifest: Manifest, coefficients: Sequence[fl
     ingest, holdout = config.ingest, config.holdout
     units = units_of(select_files(manifest, holdout, "train"))
     share = 1.0 - holdout.fraction if holdout.by == "request" else 1.0
+    schema = config.request_schema
+    events = sequence_shares(schema, manifest, mean_ids(schema, manifest, config.requests))
     plans = (
         plan_epoch(
             units,
@@ -68,13 +79,20 @@ def expected_steps(config: Config, manifest: Manifest, coefficients: Sequence[fl
     )
 
     def steps(plan: EpochPlan) -> float:
-        lanes = [_batches_of_lane(config, plan, lane, share, coefficients) for lane in range(ingest.lanes)]
+        lanes = [_batches_of_lane(config, plan, lane, share, coefficients, events) for lane in range(ingest.lanes)]
         return min(lanes) if ingest.drop_last else max(lanes)
 
     return float(np.mean([steps(plan) for plan in plans]))
 
 
-def _batches_of_lane(config: Config, plan: EpochPlan, lane: int, share: float, coefficients: Sequence[float]) -> float:
+def _batches_of_lane(
+    config: Config,
+    plan: EpochPlan,
+    lane: int,
+    share: float,
+    coefficients: Sequence[float],
+    events: Mapping[str, float],
+) -> float:
     chosen, units, ingest = plan.lanes[lane], plan.units, config.ingest
     if not len(chosen):
         return 0.0
@@ -86,6 +104,6 @@ def _batches_of_lane(config: Config, plan: EpochPlan, lane: int, share: float, c
     if ingest.batch_impressions:
         batches = np.maximum(batches, expected_batches(requests * share, impressions, ingest.batch_impressions))
     if ingest.batch_cost:
-        cost = mean_cost(config.request_schema, coefficients, impressions, tokens)
+        cost = mean_cost(config.request_schema, coefficients, impressions, tokens, events)
         batches = np.maximum(batches, expected_batches(requests * share, cost, ingest.batch_cost))
     return float(batches.sum())

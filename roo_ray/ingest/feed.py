@@ -20,13 +20,15 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data import DataContext, ExecutionResources
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from roo_ray import session
 from roo_ray.allocator import keep_freed_memory
-from roo_ray.errors import BadInput
+from roo_ray.errors import RooError
 from roo_ray.ingest.pack import PackSettings, pack_window
 from roo_ray.ingest.parcels import PackedSize, Parcel, parcel_bytes, parcels, split_parcel
-from roo_ray.ingest.settings import StreamSettings
+from roo_ray.ingest.plan import Position, Window
+from roo_ray.ingest.settings import Plans, StreamSettings
 
 ERROR = "error"
 BLOCKS_AHEAD = 2  # that wait in the feed for each rank; a rank has its own batches beside them
@@ -34,7 +36,7 @@ BLOCKS_AT_ONCE = 4096  # of one execution: Ray Data holds its whole input as obj
 
 
 def _read_block(block: pa.Table, settings: PackSettings) -> Iterator[pa.Table]:
-    """Runs in a Ray Data task. Bad input travels as a last row of its own, behind the windows that were read before:
+    """Runs in a Ray Data task. An error travels as a last row of its own, behind the windows that were read before:
     as an exception it would be wrapped and logged with some 200 lines of Ray's own frames."""
     keep_freed_memory()  # every window works on arrays of much the same sizes
     for windows in block.column("windows").to_pylist():
@@ -42,7 +44,7 @@ def _read_block(block: pa.Table, settings: PackSettings) -> Iterator[pa.Table]:
         try:
             for window in pickle.loads(windows):
                 packed.append(pack_window(settings, window))
-        except BadInput as error:
+        except RooError as error:
             packed.append(pa.table({ERROR: [pickle.dumps(error)]}))
         yield pa.concat_tables(packed, promote_options="default" if ERROR in packed[-1].column_names else "none")
 
@@ -102,7 +104,8 @@ class Feed:
         self.changed = threading.Condition()
         self.arrived = [asyncio.Event() for _ in owners]
         self.most = [0 for _ in owners]
-        self.coming = [0 for _ in owners]  # windows that a rank has yet to get
+        self.coming = [0 for _ in owners]  # windows that a rank has yet to get, of the epochs that were planned
+        self.more = [False for _ in owners]  # whether it will get some of epochs that are still to be planned
         self.ended = False
         self.error: BaseException | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -113,12 +116,7 @@ class Feed:
         settings, held_cpus = self.arguments
         try:
             packing, plans = settings.open()
-            lanes = sorted(self.owner)
-            for plan in plans:
-                for lane in lanes:
-                    first = settings.start.window(plan.epoch, lane) if settings.start else 0
-                    self.coming[self.owner[lane]] += max(plan.num_windows(lane) - first, 0)
-            windows = (window for plan in plans for window in plan.reading_order(lanes, settings.start))
+            windows = self._windows(plans, settings.start)
             store = ray.cluster_resources().get("object_store_memory", 0.0)
             together = parcels(windows, self.owner, PackedSize(settings.schema), parcel_bytes(store, len(self.queues)))
             for parcel, block in read_blocks(packing, together, held_cpus):
@@ -138,10 +136,23 @@ class Feed:
                 for rank in range(len(self.queues)):
                     self._wake(rank)
 
+    def _windows(self, plans: Plans, start: Position | None) -> Iterator[Window]:
+        """The windows of all ranks, as they are read; each epoch is planned when it is come to."""
+        lanes = sorted(self.owner)
+        for epoch in plans.epochs:
+            windows_of = plans.num_windows(epoch)
+            with self.changed:
+                for lane, rank in self.owner.items():
+                    self.coming[rank] += max(windows_of[lane] - (start.window(epoch, lane) if start else 0), 0)
+                    # a lane that has units in one epoch has some in all
+                    self.more[rank] = epoch != plans.epochs[-1] and (self.more[rank] or windows_of[lane] > 0)
+            yield from plans.plan(epoch).reading_order(lanes, start)
+
     def _hungry(self) -> bool:
         # any rank that has something to come: blocks come in a fixed order, and the one that it waits for may be behind
         # another's
-        waiting = [len(queue) for queue, coming in zip(self.queues, self.coming, strict=True) if coming]
+        coming = [windows or more for windows, more in zip(self.coming, self.more, strict=True)]
+        waiting = [len(queue) for queue, comes in zip(self.queues, coming, strict=True) if comes]
         return not waiting or min(waiting) < BLOCKS_AHEAD
 
     async def most_waiting(self) -> list[int]:
@@ -181,23 +192,25 @@ def held_cpus(world_size: int) -> float:
 
 
 def open_feed(settings: StreamSettings, owners: Sequence[Sequence[int]], held: float) -> Any:
-    """The actor that feeds ranks which own these lanes; it ends with the last handle on it. It takes no CPU. Its
-    reading tasks run where the caller's data tasks do."""
-    actor = ray.remote(Feed).options(num_cpus=0, max_concurrency=len(owners) + 1)
+    """The actor that feeds ranks which own these lanes; it ends with the last handle on it. It takes no CPU, and runs
+    on the caller's node: else it may come to lie on any node, one for data that may be taken away. Its reading tasks
+    run where the caller's data tasks do."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(Feed).options(num_cpus=0, max_concurrency=len(owners) + 1, scheduling_strategy=here)
     return actor.remote(settings, owners, held, session.placing())
 
 
 def blocks_of_rank(feed: Any, rank: int) -> Iterator[pa.Table]:
     """The packed windows of a rank's lanes, in order; a block is asked for while the one before is worked on.
 
-    Raises the DataError of the reading function, after the windows that come before the bad one.
+    Raises the error of the reading function (DataError, StorageError), after the windows that come before the bad one.
     """
     coming = feed.next.remote(rank)
     while found := ray.get(coming):
         coming = feed.next.remote(rank)
         table = ray.get(found[0])
         del found
-        error: BadInput | None = None
+        error: RooError | None = None
         if ERROR in table.column_names:
             error = pickle.loads(table.column(ERROR)[-1].as_py())
             table = table.drop_columns(ERROR).slice(0, table.num_rows - 1)

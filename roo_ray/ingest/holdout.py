@@ -6,6 +6,8 @@ same request is on the same side in every run, for every number of lanes and fil
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import numpy.typing as npt
 
@@ -77,10 +79,18 @@ def rows_of_side(keys: Hashes, holdout: Holdout, side: Side) -> npt.NDArray[np.b
     return held_out if side == "evaluation" else ~held_out
 
 
-def check_sides(data_set: str, manifest: Manifest, schema: Schema, holdout: Holdout, side: Side = "train") -> None:
+def check_sides(
+    data_set: str,
+    manifest: Manifest,
+    schema: Schema,
+    holdout: Holdout,
+    side: Side = "train",
+    on_bad_shard: Literal["fail", "skip"] = "fail",
+) -> None:
     """Raises DataError where the side would be empty, and for training also where evaluation would.
 
-    By request, reads the request keys only where the data is so small that a side may be empty by chance.
+    By request, reads the request keys only where the data is so small that a side may be empty by chance. Where some
+    of it cannot be read, and that is to be skipped, nobody knows on which side it is: then no side counts as empty.
     """
     files = select_files(manifest, holdout, side)
     if holdout.by != "request":
@@ -90,7 +100,9 @@ def check_sides(data_set: str, manifest: Manifest, schema: Schema, holdout: Hold
         return
     units = units_of(files)
     refs = [units.ref(unit) for unit in range(len(units.file))]
-    read = read_requests(data_set, refs, schema, columns=schema.keys.request)
+    read = read_requests(data_set, refs, schema, on_bad_shard, schema.keys.request)
+    if read.skipped:
+        return
     keys = hash_rows(read.table, schema.keys.request)
     held_out = rows_of_side(keys, holdout, "evaluation")
     assert held_out is not None

@@ -69,6 +69,16 @@ class Lists:
         """Every value as a list of one; null is the empty list."""
         return Lists(values, np.arange(len(values)), np.asarray(values.is_valid()).astype(np.int64))
 
+    def without(self, rows: Integers, gone: npt.NDArray[np.bool_]) -> Lists:
+        """The same lists, but those of ``rows`` (B,), each once, have no more their values that are ``gone`` (sum of
+        the rows' lengths,). They lie behind all others."""
+        starts, lengths = self.starts.copy(), self.lengths.copy()
+        kept = gather(self.values, starts[rows], lengths[rows]).filter(pa.array(~gone))
+        owner = np.repeat(np.arange(len(rows)), lengths[rows])
+        lengths[rows] = np.bincount(owner[~gone], minlength=len(rows))
+        starts[rows] = len(self.values) + np.cumsum(lengths[rows]) - lengths[rows]
+        return Lists(pa.concat_arrays([self.values, kept]), starts, lengths)
+
     def select(self, rows: Integers, first: int | None = None, last: int | None = None) -> Selection:
         """The lists of ``rows`` (B,), in that order, cut to their first or last so many values."""
         starts, lengths = self.starts[rows], self.lengths[rows]

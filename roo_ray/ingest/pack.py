@@ -126,12 +126,12 @@ class _Packer:
         self.add(f"ids:{feature.name}", values, _at(chosen.lengths, bounds))
 
     def sequence(self, feature: Feature) -> None:
-        """An event sequence: aligned columns, cut to the last ``max_length`` events."""
+        """An event sequence: aligned columns, cut to the last ``max_length`` events before the request."""
         rows = self.rows
-        lengths = rows.lists(feature.source_columns[0]).lengths[self.user_rows]
+        lengths = rows.history(feature, feature.source_columns[0]).lengths[self.user_rows]
 
         def events(name: str) -> pa.Array:
-            lists = rows.lists(name)
+            lists = rows.history(feature, name)
             own = lists.lengths[self.user_rows]
             if (own != lengths).any():
                 at = int(np.argmax(own != lengths))
@@ -243,5 +243,9 @@ def pack_window(settings: PackSettings, window: Window, read: ReadRequests | Non
 
     Raises DataError that names the file, and for a wrong value the column and the request.
     """
-    rows = WindowRows(settings, window, read)
-    return pa.table(_tags(window, len(rows.bounds) - 1) | _Packer(rows).pack())
+    return pack_rows(WindowRows(settings, window, read))
+
+
+def pack_rows(rows: WindowRows) -> pa.Table:
+    """As ``pack_window``, of a window that was read; ``rows`` has its other columns in the same order."""
+    return pa.table(_tags(rows.window, len(rows.bounds) - 1) | _Packer(rows).pack())

@@ -29,7 +29,7 @@ from roo_ray.sources.hashing import mix64
 Mode = Literal["shuffled", "time", "sequential"]
 Side = Literal["train", "evaluation"]
 
-PLAN_FORMAT = 3
+PLAN_FORMAT = 4
 """Raised whenever the same inputs would give another stream, so that a resume across it is refused."""
 
 
@@ -106,7 +106,8 @@ def time_order(units: Units) -> Integers:
             f"ingest.mode=time needs a time-ordered layout, and {len(overlap)} of {max(len(units) - 1, 1)} "
             f"neighbouring units overlap in time, the first: {one.path} row group {one.row_group} and {other.path} "
             f"row group {other.row_group}; build the data set again in order of time (build: {{order: time, buckets: "
-            "1}}), or set ingest.mode=shuffled"
+            "1}}, with build.bucket_bytes half of a day's request rows in memory or more), or train without it "
+            "(ingest.mode=shuffled, no incremental)"
         )
     return order
 
@@ -129,7 +130,9 @@ def deal_in_rounds(costs: npt.NDArray[np.float64], order: Integers, lanes: int) 
 @dataclass(frozen=True)
 class EpochPlan:
     """Which units each lane reads in an epoch, in order. ``lanes``: one array of unit indices per lane;
-    ``bounds``: where the lane's windows begin in it, and its end, (windows + 1,)."""
+    ``bounds``: where the lane's windows begin in it, and its end, (windows + 1,). ``fills`` (U,) float64: about how
+    many batches each unit fills, in any measure; it is for the order of reading alone and decides nothing of what a
+    lane delivers. By default the units' impressions."""
 
     epoch: int
     units: Units
@@ -137,6 +140,7 @@ class EpochPlan:
     bounds: tuple[Integers, ...]
     mode: Mode
     seed: int
+    fills: npt.NDArray[np.float64] | None = None
 
     def num_windows(self, lane: int) -> int:
         """How many windows the lane has; 0 where there are fewer units than lanes."""
@@ -152,18 +156,21 @@ class EpochPlan:
 
     def reading_order(self, lanes: Iterable[int], start: Position | None = None) -> Iterator[Window]:
         """The windows of some lanes, in the order in which a consumer that takes one batch of every lane per
-        step comes to need them: by the lane's impressions before the window. From ``start``, if it is of this
-        epoch: only windows that are not done are read. Made one by one: a large epoch has many."""
-        keys = []
+        step comes to need them: by what the lane delivers before the window (``fills``). From ``start``, if it is of
+        this epoch: only windows that are not done are read. Made one by one: a large epoch has many."""
+        lanes = list(lanes)
+        if not lanes:
+            return
+        fills = self.units.impressions if self.fills is None else self.fills
+        begins, windows_of = [], []
         for lane in lanes:
             windows = np.arange(start.window(self.epoch, lane) if start else 0, self.num_windows(lane))
-            before = np.concatenate([[0], np.cumsum(self.units.impressions[self.lanes[lane]])])
+            before = np.concatenate([[0], np.cumsum(fills[self.lanes[lane]])])
             begun = before[self.bounds[lane][windows]]
-            keys.append(np.stack([begun - (begun[0] if len(begun) else 0), np.full(len(windows), lane), windows]))
-        if not keys:
-            return
-        _, lane_of, index_of = joined = np.concatenate(keys, 1)  # (3, windows)
-        for at in np.lexsort(joined[::-1]).tolist():
+            begins.append(begun - (begun[0] if len(begun) else 0))
+            windows_of.append(windows)
+        lane_of, index_of = np.repeat(lanes, [len(of) for of in windows_of]), np.concatenate(windows_of)
+        for at in np.lexsort([index_of, lane_of, np.concatenate(begins)]).tolist():
             lane, index = int(lane_of[at]), int(index_of[at])
             yield self.window(lane, index, start.settled(self.epoch, lane, index) if start else None)
 

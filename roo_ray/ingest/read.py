@@ -11,10 +11,12 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from roo_ray.errors import DataError
+from roo_ray.ingest.faults import BadShard as BadShard
+from roo_ray.ingest.faults import Watch, read_or_tell
 from roo_ray.ingest.units import UnitRef
 from roo_ray.schema import Schema
 from roo_ray.sources.times import epoch_seconds, is_time_type
-from roo_ray.storage import open_filesystem
+from roo_ray.storage import join_path, open_filesystem
 
 NUM_IMPRESSIONS = "num_impressions"
 REBUILD = "the data set's files must stay as they were published; restore it or build the data set again"
@@ -34,10 +36,6 @@ _footers: dict[tuple[str, str, int, int], pq.FileMetaData] = {}
 """Footers of files of this process, by what they are of: a file's units are read in many windows."""
 
 
-class BadShard(DataError):
-    """A file that is missing, damaged, or not what the manifest says."""
-
-
 CLOCK = 1e-3  # seconds: what the same time may differ by in the manifest and in a column of another unit
 
 
@@ -55,6 +53,9 @@ def refuse_another_file(unit: UnitRef, table: pa.Table, time: str | None, name: 
     times = table.column(time)
     if times.null_count or not len(times):
         return  # said where times are read, with the request
+    if pa.types.is_timestamp(times.type):  # the order of timestamps is that of their seconds
+        ends = pc.min_max(times)
+        times = pa.array([ends["min"], ends["max"]], times.type)
     seconds = epoch_seconds(times)
     first, last = float(seconds.min()), float(seconds.max())
     if first < unit.time_min - CLOCK or last > unit.time_max + CLOCK:
@@ -75,18 +76,21 @@ class UnitReader:
         self.filesystem, self.base = open_filesystem(data_set)
         self._open: tuple[str, pq.ParquetFile] | None = None
 
-    def _file(self, path: str, size: int) -> pq.ParquetFile:
-        if self._open is not None and self._open[0] == path:
+    def _file(self, path: str, size: int, watch: Watch) -> pq.ParquetFile:
+        if self._open is not None and self._open[0] == path and not watch.watching:
             return self._open[1]
+        self._open = None
+        name = join_path(self.data_set, path)
         local = isinstance(self.filesystem, pafs.LocalFileSystem)
         source = self.filesystem.open_input_file(f"{self.base}/{path}")
         info = self.filesystem.get_file_info(f"{self.base}/{path}")
         if size and info.size is not None and info.size != size:
             raise BadShard(
-                f"{self.data_set}/{path} has {info.size:,} bytes, the manifest says {size:,}: it is truncated or "
+                f"{name} has {info.size:,} bytes, the manifest says {size:,}: it is truncated or "
                 f"damaged, or another file; {REBUILD}"
             )
         key = (self.data_set, path, info.size, info.mtime_ns)
+        source = watch.over(source, info.size, local)
         file = pq.ParquetFile(source, pre_buffer=not local, metadata=_footers.get(key))
         if key not in _footers:
             if len(_footers) >= FOOTERS:
@@ -96,26 +100,25 @@ class UnitReader:
         missing = [c for c in self.columns if c not in there]
         if missing:
             raise DataError(
-                f"{self.data_set}/{path} has no column {', '.join(missing)}, which the schema reads; use the schema "
+                f"{name} has no column {', '.join(missing)}, which the schema reads; use the schema "
                 "that the data set was built with, or build it again with this one"
             )
-        self._open = (path, file)
+        if not watch.watching:
+            self._open = (path, file)
         return file
 
     def read(self, unit: UnitRef) -> pa.Table:
-        """The unit's rows. Raises DataError where the file lacks a column, and BadShard where it is missing, damaged,
-        or another one than the manifest is of."""
-        name = f"{self.data_set}/{unit.path}"
-        try:
-            file = self._file(unit.path, unit.file_bytes)
+        """The unit's rows. Raises DataError where the file lacks a column, BadShard where it is missing, damaged, or
+        another one than the manifest is of, and StorageError where storage fails."""
+        name = join_path(self.data_set, unit.path)
+
+        def group(watch: Watch) -> pa.Table:
+            file = self._file(unit.path, unit.file_bytes, watch)
             if unit.row_group >= file.metadata.num_row_groups:
                 raise BadShard(f"{name} has no row group {unit.row_group}, which the manifest lists; {REBUILD}")
-            table = file.read_row_group(unit.row_group, columns=self.columns, use_threads=False)
-        except FileNotFoundError:
-            raise BadShard(f"{name} is missing; {REBUILD}") from None
-        except (OSError, pa.ArrowException) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise BadShard(f"{name} cannot be read, it is truncated or damaged ({reason}); {REBUILD}") from None
+            return file.read_row_group(unit.row_group, columns=self.columns, use_threads=False)
+
+        table = read_or_tell(group, name, REBUILD, REBUILD)
         if table.num_rows != unit.requests:
             raise BadShard(
                 f"{name}, row group {unit.row_group}: {table.num_rows} requests, the manifest says "

@@ -12,6 +12,7 @@ from roo_ray.ingest.clustered import ClusteredReader
 from roo_ray.ingest.read import BadShard, UnitReader, columns_to_read, join_units
 from roo_ray.ingest.units import UnitRef
 from roo_ray.schema import Schema
+from roo_ray.sources.columns import is_list
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def read_requests(
 
     ``settled``: exactly these were passed over when a part of the units' requests was trained on, and so they are
     again, whether they can be read by now or not. Raises DataError where a file lacks a column, and, unless it is to
-    be skipped, BadShard where it cannot be read or is not what the manifest says.
+    be skipped, BadShard where it cannot be read or is not what the manifest says; StorageError where storage fails.
     """
     columns = columns_to_read(schema) if columns is None else columns
     formed = units[0].rows is not None  # an impression table
@@ -57,14 +58,33 @@ def read_requests(
             if on_bad_shard == "fail":
                 raise
             if settled is not None:
-                raise BadShard(
+                raise type(error)(
                     f"{error}. It cannot be skipped (ingest.on_bad_shard) this time: the checkpoint was taken amid a "
                     "window that has it, and without it requests would be trained on twice or not at all"
                 ) from None
             passed.append(place)
     skipped = sum(units[place].requests for place in passed)
-    table = join_units(data_set, tables, good) if tables else _no_rows(schema)
+    table = _typed(join_units(data_set, tables, good), schema) if tables else _no_rows(schema)
     return ReadRequests(table, tuple(good), skipped, tuple(passed))
+
+
+def _typed(table: pa.Table, schema: Schema) -> pa.Table:
+    """The rows, where columns that have no value and so no type in any of their files get one that features take."""
+    times = {schema.keys.time, *(feature.time for feature in schema.sequences)}
+
+    def typed(kind: pa.DataType, name: str) -> pa.DataType:
+        if is_list(kind):
+            return pa.list_(typed(kind.value_type, name))
+        return (pa.timestamp("us") if name in times else pa.int64()) if pa.types.is_null(kind) else kind
+
+    for place, field in enumerate(table.schema):
+        kind = field.type
+        while is_list(kind):
+            kind = kind.value_type
+        if pa.types.is_null(kind):
+            to = typed(field.type, field.name)
+            table = table.set_column(place, field.name, table.column(place).cast(to))
+    return table
 
 
 def _no_rows(schema: Schema) -> pa.Table:

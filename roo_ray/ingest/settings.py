@@ -2,18 +2,58 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from roo_ray.config import Holdout, Ingest
 from roo_ray.errors import DataError
 from roo_ray.ingest.budget import IMPRESSION_COST
+from roo_ray.ingest.expected import mean_cost
 from roo_ray.ingest.holdout import check_sides, select_files
 from roo_ray.ingest.pack import PackSettings
-from roo_ray.ingest.plan import EpochPlan, Mode, Position, Side, plan_epoch
-from roo_ray.ingest.units import units_of
+from roo_ray.ingest.plan import EpochPlan, Mode, Position, Side, Window, plan_epoch
+from roo_ray.ingest.units import Units, units_of
 from roo_ray.requests.manifest import load_manifest
 from roo_ray.schema import Schema
+
+
+class Plans:
+    """The plans of some epochs, each made when it is asked for: of the plan of an epoch that is over, only its
+    numbers of windows stay. Several threads may ask."""
+
+    def __init__(self, epochs: Sequence[int], make: Callable[[int], EpochPlan]) -> None:
+        self.epochs = tuple(epochs)
+        self._make, self._lock = make, threading.Lock()
+        self._last: EpochPlan | None = None
+        self._windows: dict[int, tuple[int, ...]] = {}
+
+    def plan(self, epoch: int) -> EpochPlan:
+        """The plan of an epoch."""
+        with self._lock:
+            if self._last is None or self._last.epoch != epoch:
+                self._last = None  # two large ones are never held
+                self._last = self._make(epoch)
+                self._windows[epoch] = tuple(map(self._last.num_windows, range(len(self._last.lanes))))
+            return self._last
+
+    def num_windows(self, epoch: int) -> tuple[int, ...]:
+        """How many windows each lane has in an epoch."""
+        if epoch not in self._windows:
+            self.plan(epoch)
+        return self._windows[epoch]
+
+    def __iter__(self) -> Iterator[EpochPlan]:
+        return map(self.plan, self.epochs)
+
+    def reading_order(self, lanes: Sequence[int], start: Position | None) -> Iterator[Window]:
+        """The windows of some lanes over all epochs, as ``EpochPlan.reading_order`` has them."""
+        for epoch in self.epochs:
+            yield from self.plan(epoch).reading_order(lanes, start)
 
 
 @dataclass(frozen=True)
@@ -38,11 +78,11 @@ class StreamSettings:
     cost: tuple[float, ...] = IMPRESSION_COST
     form: Literal["request", "impression"] = "request"
 
-    def open(self) -> tuple[PackSettings, list[EpochPlan]]:
-        """What the reading function needs, and the plan of each epoch. Raises DataError where there is no such
+    def open(self) -> tuple[PackSettings, Plans]:
+        """What the reading function needs, and the plans of the epochs. Raises DataError where there is no such
         data, a side would be empty, or the layout does not allow the mode."""
         manifest = load_manifest(self.data_set, self.version)
-        check_sides(self.data_set, manifest, self.schema, self.holdout, self.side)
+        check_sides(self.data_set, manifest, self.schema, self.holdout, self.side, self.ingest.on_bad_shard)
         units = units_of(select_files(manifest, self.holdout, self.side))
         ingest = self.ingest
         if ingest.drop_last and self.side == "train" and len(units) < ingest.lanes:
@@ -64,15 +104,28 @@ class StreamSettings:
             ingest.on_bad_shard,
             self.form,
         )
-        plans = [
-            plan_epoch(
-                units,
-                seed=self.seed,
-                epoch=epoch,
-                lanes=ingest.lanes,
-                window_units=ingest.window_units,
-                mode=self.mode,
-            )
-            for epoch in self.epochs
-        ]
+        plans = Plans(self.epochs, lambda epoch: self._plan(units, epoch))
+        for epoch in self.epochs[:1]:  # so that a layout that does not allow the mode is refused here
+            plans.num_windows(epoch)
         return packing, plans
+
+    def _plan(self, units: Units, epoch: int) -> EpochPlan:
+        ingest = self.ingest
+        plan = plan_epoch(
+            units,
+            seed=self.seed,
+            epoch=epoch,
+            lanes=ingest.lanes,
+            window_units=ingest.window_units,
+            mode=self.mode,
+        )
+        return replace(plan, fills=self._fills(units)) if ingest.batch_cost else plan
+
+    def _fills(self, units: Units) -> npt.NDArray[np.float64]:
+        """(U,) about how many batches a unit fills, where their cost is bounded (and maybe their impressions)."""
+        requests, impressions = units.requests.astype(np.float64), units.impressions.astype(np.float64)
+        costs = requests * mean_cost(self.schema, self.cost, impressions / requests, units.tokens / requests)
+        fills: npt.NDArray[np.float64] = costs / (self.ingest.batch_cost or 1.0)
+        if self.ingest.batch_impressions:
+            fills = np.maximum(fills, impressions / self.ingest.batch_impressions)
+        return fills

@@ -67,13 +67,13 @@ class RankStream:
         self.skipped_requests = 0
         self._feed = feed  # the process that opened it keeps it alive, until all ranks are done
         lanes = self.lanes
-        self._buffers = Buffers(plans, lanes, settings.schema, settings.ingest.prefetch_batches, start)
+        prefetch = settings.ingest.prefetch_batches
+        self._buffers = Buffers(settings.epochs, plans.num_windows, lanes, settings.schema, prefetch, start)
         remote = settings.ingest.reader == "ray_data"
 
         def source() -> Iterator[pa.Table]:
             if not remote:
-                windows = (window for plan in plans for window in plan.reading_order(lanes, start))
-                return (pack_window(packing, window) for window in windows)
+                return (pack_window(packing, window) for window in plans.reading_order(lanes, start))
             if feed is not None:
                 return blocks_of_rank(feed, rank)
             return blocks_of_rank(open_feed(settings, [lanes], held_cpus(world_size)), 0)

@@ -16,12 +16,13 @@ from roo_ray.errors import DataError
 from roo_ray.ingest.budget import IMPRESSION_COST, Load, RequestCosts, batch_bounds, interleave, split_oversize
 from roo_ray.ingest.columns import Where, seconds_of
 from roo_ray.ingest.holdout import rows_of_side
-from roo_ray.ingest.lists import Lists, ranges, split_lists
+from roo_ray.ingest.lists import Lists, gather, ranges, split_lists
 from roo_ray.ingest.plan import Side, Window, permutation
 from roo_ray.ingest.read import NUM_IMPRESSIONS
 from roo_ray.ingest.rows import ReadRequests, read_requests
-from roo_ray.schema import Schema
+from roo_ray.schema import Feature, Schema
 from roo_ray.sources.hashing import hash_array, hash_rows
+from roo_ray.storage import join_path
 
 Integers = npt.NDArray[np.int64]
 
@@ -55,6 +56,16 @@ def take(values: pa.Array, index: Integers) -> pa.Array:
     return pc.take(values, pa.array(index), boundscheck=False)
 
 
+@dataclass(frozen=True)
+class _Future:
+    """Lists with events at or after their request: ``rows`` (B,) of the table, their ``lengths`` (B,), and which
+    ``events`` (sum of lengths,) these are."""
+
+    rows: Integers
+    lengths: Integers
+    events: npt.NDArray[np.bool_]
+
+
 class WindowRows:
     """The requests of a window in packed order. ``rows`` (B,) int64: their rows in the table as read, a row twice
     where its request is split; ``counts`` (B,): their impressions, from the ``first`` (B,) of the row's on;
@@ -63,6 +74,7 @@ class WindowRows:
     def __init__(self, settings: PackSettings, window: Window, read: ReadRequests | None = None) -> None:
         self.settings, self.window, self.schema = settings, window, settings.schema
         self._columns: dict[str, pa.Array] = {}
+        self._future: dict[tuple[str, int], _Future | None] = {}
         read = read or read_requests(
             settings.data_set, window.units, self.schema, settings.on_bad_shard, settled=window.settled
         )
@@ -83,15 +95,22 @@ class WindowRows:
             self._reorder(np.argsort(times, kind="stable"))
         self.first = np.zeros(len(self.rows), np.int64)
         self.mark: Integers | None = None
-        self._fill_batches()
+        self._fill_batches(keys.view(np.int64))
         self.keys = keys[self.rows].view(np.int64)
         self._aligned: tuple[Integers, Integers] | None = None
 
     def _reorder(self, order: Integers) -> None:
         self.rows, self.counts = self.rows[order], self.counts[order]
 
-    def _fill_batches(self) -> None:
-        """Splits what is to be split, and decides which requests make up which batch."""
+    def _users(self, keys: Integers) -> Integers:
+        """(B,) a hash of each request's user. Null users are not one user: each has the request's key (``keys``, of
+        the table's rows)."""
+        column = self.values(self.schema.keys.user)
+        users = hash_array(column).view(np.int64)
+        return np.where(np.asarray(column.is_null()), keys[self.rows], users) if column.null_count else users
+
+    def _fill_batches(self, keys: Integers) -> None:
+        """Splits what is to be split, and decides which requests make up which batch. ``keys``: of the table's rows."""
         settings, costs = self.settings, self._request_costs()
         if settings.oversize == "split":
             parts = split_oversize(self.counts, costs, settings.batch_impressions, settings.batch_cost)
@@ -100,7 +119,7 @@ class WindowRows:
         cost = costs.at(self.counts)
         loads: list[Load] = [(self.counts, settings.batch_impressions)] if settings.batch_impressions else []
         loads += [(cost, settings.batch_cost)] if settings.batch_cost else []
-        self.users = hash_array(self.values(self.schema.keys.user)).view(np.int64)
+        self.users = self._users(keys)
         if settings.interleave is None:
             self.bounds = batch_bounds(loads, len(self.rows))
         else:
@@ -115,7 +134,7 @@ class WindowRows:
         tokens, squares = np.zeros((2, len(self.rows)), np.int64)
         if any(self.settings.cost[i] for i in (1, 2, 4)):
             for feature in self.schema.sequences:
-                lengths = self.lists(feature.source_columns[0]).lengths[self.rows]
+                lengths = self.history(feature, feature.source_columns[0]).lengths[self.rows]
                 kept = np.minimum(lengths, feature.max_length or 0)
                 tokens, squares = tokens + kept, squares + kept * kept
         return RequestCosts.of(self.settings.cost, tokens, squares)
@@ -142,8 +161,8 @@ class WindowRows:
         """Names the request in a row of the table as read."""
         key = ", ".join(f"{name}={self.table.column(name)[row]}" for name in self.schema.keys.request)
         ends = np.cumsum([unit.requests for unit in self.units])
-        path = self.units[int(np.searchsorted(ends, row, side="right"))].path
-        return f"request {key} of {self.settings.data_set}/{path}"
+        unit = self.units[int(np.searchsorted(ends, row, side="right"))]
+        return f"request {key} of {unit.path if unit.rows else join_path(self.settings.data_set, unit.path)}"
 
     def _counts(self) -> Integers:
         column = self.values(NUM_IMPRESSIONS)
@@ -166,6 +185,37 @@ class WindowRows:
                 f"column '{name}' holds {array.type}, and the schema needs a list per request, in "
                 f"{self.where(0)}; correct the schema, or build the data set again with it"
             ) from None
+
+    def history(self, feature: Feature, name: str) -> Lists:
+        """The lists of a sequence's column (in stored order). Those that ``max_length`` will cut have lost their events
+        at or after their request's time: the model drops these, and earlier ones would be missing for them."""
+        lists, future = self.lists(name), self._future_events(feature)
+        if future is None or (lists.lengths[future.rows] != future.lengths).any():  # what is not aligned is said later
+            return lists
+        return lists.without(future.rows, future.events)
+
+    def _future_events(self, feature: Feature) -> _Future | None:
+        longest = feature.max_length or 0
+        if feature.time is None:
+            return None
+        if (feature.time, longest) not in self._future:
+            times = self.lists(feature.time)
+            rows = np.unique(self.rows)
+            rows = rows[times.lengths[rows] > longest]
+            self._future[feature.time, longest] = self._future_of(times, feature.time, rows) if len(rows) else None
+        return self._future[feature.time, longest]
+
+    def _future_of(self, times: Lists, name: str, rows: Integers) -> _Future | None:
+        lengths = times.lengths[rows]
+        events = gather(times.values, times.starts[rows], lengths)
+        if events.null_count:  # a null that is kept is said later
+            events = events.fill_null(pa.scalar(0, pa.int64()).cast(events.type))
+        column = self.schema.keys.time
+        asked = seconds_of(take(self.column(column), rows), column, lambda row: self.where_row(int(rows[row])))
+        seen = seconds_of(events, name, self.where_element(lengths, lambda row: self.where_row(int(rows[row]))))
+        late = seen >= np.repeat(asked, lengths)
+        some = np.add.reduceat(late, np.cumsum(lengths) - lengths) > 0  # no list here is empty
+        return _Future(rows[some], lengths[some], late[np.repeat(some, lengths)]) if some.any() else None
 
     def _index(self, lists: Lists) -> Integers:
         """(B_NRO,) int64 into the flat values; aligned columns, whose lists lie alike, share one index."""

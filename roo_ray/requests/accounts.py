@@ -70,9 +70,14 @@ def without(
     account: DayAccount, counts: Mapping[str, int], sizes: Mapping[str, Any], before: int, after: int
 ) -> DayAccount:
     """An account less the counts and sizes of requests that are removed from its day, which had ``before`` impressions
-    and has ``after``; its bytes as logged shrink in proportion."""
+    and has ``after``; its bytes as logged shrink in proportion. A kind that the account did not measure stays out of
+    it."""
     minus = {
-        column: {kind: {level: -value for level, value in levels.items()} for kind, levels in kinds.items()}
+        column: {
+            kind: {level: -value for level, value in levels.items()}
+            for kind, levels in kinds.items()
+            if kind in account.sizes.get(column, {})
+        }
         for column, kinds in sizes.items()
     }
     return DayAccount(

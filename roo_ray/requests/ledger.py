@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from roo_ray.requests.grouping import NUM_IMPRESSIONS, explode_in_slices
+from roo_ray.requests.lengths import KEPT, count_kept
 from roo_ray.requests.manifest import ShardFile
 from roo_ray.requests.shards import WriteOptions, column_bytes
 from roo_ray.schema import Schema
@@ -54,7 +55,8 @@ def measure(array: pa.Array, copies: Weights) -> tuple[int, int]:
 
 
 def measure_requests(requests: pa.Table, schema: Schema) -> Sizes:
-    """Column -> elements and memory bytes at both levels, of request rows."""
+    """Column -> elements and memory bytes at both levels, of request rows; of columns that features read as lists of
+    ids, also what is ``kept`` of them (``lengths.count_kept``)."""
     ones = np.ones(requests.num_rows, np.int64)
     copies = np.asarray(requests.column(NUM_IMPRESSIONS)).astype(np.int64)
     sizes: Sizes = {}
@@ -71,6 +73,8 @@ def measure_requests(requests: pa.Table, schema: Schema) -> Sizes:
         sizes[name] = {
             kind: {"impression": logged[i], "request": stored[i]} for i, kind in enumerate(("elements", "memory_bytes"))
         }
+    for name, kept in count_kept(requests, schema).items():
+        sizes[name][KEPT] = dict(kept)
     return sizes
 
 
@@ -159,8 +163,13 @@ def build_ledger(
 
     ``logged``: compressed bytes per column of the source's files (of ``codec``), None where they are no
     impression log: the sorted form stands in for it then. What was measured on a sample is scaled by elements.
+    What is ``kept`` of a column is left out where a part did not count it: an earlier version's days.
     """
+    parts = list(parts)
     sizes = add_sizes(parts)
+    for name, kinds in sizes.items():
+        if any(KEPT not in part.get(name, {}) for part in parts):
+            kinds.pop(KEPT, None)
     written = f"zstd level {level}"
     elements = sum(kinds["elements"]["impression"] for kinds in sizes.values())
     measured = sum(kinds["measured"]["sorted"] for kinds in sizes.values())
@@ -211,14 +220,14 @@ def _files(files: Sequence[ShardFile]) -> dict[str, Any]:
 
 def make_ledger(sizes: Sizes, schema: Schema, how: str) -> dict[str, Any]:
     """The ledger as plain JSON: ``columns`` (level, elements, memory_bytes, disk_bytes, each at impression and
-    request level, disk bytes also of the impression level ``sorted`` by request), ``totals`` and ``how`` it was
-    measured."""
+    request level, disk bytes also of the impression level ``sorted`` by request; of lists of ids, those ``kept`` by
+    ``max_length``), ``totals`` and ``how`` it was measured."""
     columns = {}
     totals = {kind: dict.fromkeys(("impression", "request"), 0) for kind in KINDS}
     totals["disk_bytes"]["sorted"] = 0
     for name in [*schema.columns, NUM_IMPRESSIONS]:
         level = "impression" if name in schema.impression_columns else "request"
-        columns[name] = {"level": level} | {kind: sizes[name][kind] for kind in KINDS}
+        columns[name] = {"level": level} | {kind: sizes[name][kind] for kind in (*KINDS, KEPT) if kind in sizes[name]}
         for kind in KINDS:
             for side in totals[kind]:
                 totals[kind][side] += sizes[name][kind].get(side, 0)

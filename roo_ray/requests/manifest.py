@@ -15,7 +15,8 @@ import uuid
 from typing import Any, Literal
 
 import pyarrow.fs as pafs
-from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic.dataclasses import dataclass
 
 from roo_ray.errors import DataError
 from roo_ray.requests.claims import claimed
@@ -26,12 +27,14 @@ MANIFESTS = "_manifests"
 FORMAT = 1
 
 
-class Unit(Strict):
-    """A row group: the smallest thing that is read. ``tokens``: history events of all its requests.
-    ``first_row``: of a unit of an impression table (``ingest/clustered.py``), its first row in the file; its
-    rows are its impressions; ``row_group``: the row group of the file that it shares with its neighbours, where
-    there are several units in one. ``time_min``, ``time_max``: of its requests, seconds since the epoch (UTC); None in
-    manifests that were written without them, which keep their text and digest."""
+@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Unit:
+    """A row group: the smallest thing that is read; a manifest has millions of them, hence no dictionary each.
+    ``tokens``: history events of all its requests. ``first_row``: of a unit of an impression table
+    (``ingest/clustered.py``), its first row in the file; its rows are its impressions; ``row_group``: the row group of
+    the file that it shares with its neighbours, where there are several units in one. ``time_min``, ``time_max``: of
+    its requests, seconds since the epoch (UTC); None in manifests that were written without them, which keep their
+    text and digest."""
 
     requests: int
     impressions: int
@@ -99,7 +102,8 @@ class Origin(Strict):
 class DayAccount(Strict):
     """What the accounts of a version add up, for one UTC day, so that another version can carry it over.
 
-    ``counts``: what the checks counted. ``sizes``: column -> kind -> level -> number, as the ledger measures them.
+    ``counts``: what the checks counted. ``sizes``: column -> kind -> level -> number, as the ledger measures them
+    (kind ``kept``, of versions that count it: ``max_length`` -> ids).
     ``logged``: compressed bytes per column in the source's files, the day's share of them by impressions; None
     where the source is no impression log.
     """
@@ -125,9 +129,9 @@ class Manifest(Strict):
     """A version of a data set. ``origin``: where it comes from. ``aside``: rows that are in no request, by reason,
     and their files. ``counts``: of what its build read (``rows_read``, ``units_read``, ``impressions_read``,
     ``aside.*``, ...), and of all its requests, by name. ``ledger``: bytes and elements per column, impression-level
-    against request-level (``requests/ledger.py``). ``report``: the validation report of its build
-    (``requests/report.py``). ``accounts``: by UTC day, what counts and ledger are made of.
-    ``exchange``: by UTC day, where its user shards begin (``requests/rebuild.py``)."""
+    against request-level (``requests/ledger.py``), and ids that ``max_length`` keeps (``requests/lengths.py``).
+    ``report``: the validation report of its build (``requests/report.py``). ``accounts``: by UTC day, what counts and
+    ledger are made of. ``exchange``: by UTC day, where its user shards begin (``requests/rebuild.py``)."""
 
     format: int = FORMAT
     version: int
@@ -245,12 +249,10 @@ def read_version(data_set: str, version: int) -> Manifest | Tombstone:
     with filesystem.open_input_stream(path) as stream:
         text = stream.read()
     try:
-        content = json.loads(text)
-        kind = Tombstone if isinstance(content, dict) and "purged_at" in content else Manifest
-        found: Manifest | Tombstone = kind.model_validate(content)
-    except ValueError as error:
-        reason = readable_errors(error) if isinstance(error, ValidationError) else str(error)
-        raise DataError(f"{path} is not a valid manifest:\n  {reason}") from None
+        kind = Tombstone if b'"purged_at"' in text[:200] else Manifest  # no dictionary of a whole manifest is made
+        found: Manifest | Tombstone = kind.model_validate_json(text)
+    except ValidationError as error:
+        raise DataError(f"{path} is not a valid manifest:\n  {readable_errors(error)}") from None
     if found.format != FORMAT:
         raise DataError(f"{path} has format {found.format}; this roo_ray reads format {FORMAT}")
     return found

@@ -10,10 +10,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from roo_ray.errors import DataError
+from roo_ray.requests.shards import RESTORE
 from roo_ray.sources.base import leaf_columns, open_parquet
 from roo_ray.sources.columns import as_array
-from roo_ray.storage import join_path, open_filesystem
+from roo_ray.storage import join_path, open_filesystem, without_secrets
+from roo_ray.watched import parquet_fault
 
 Mask = npt.NDArray[np.bool_]
 
@@ -48,9 +49,9 @@ def rows_of_users(column: pa.Array | pa.ChunkedArray, users: pa.Array) -> Mask:
 
 def find_users(data_set: str, path: str, column: str, users: pa.Array) -> Held:
     """The rows of users in a file of the data set. ``users``: sorted, without null. Reads the user column of row
-    groups whose statistics do not rule all users out. Raises DataError where the file is missing or damaged, or its
-    user column is of another type."""
-    _, base = open_filesystem(data_set)
+    groups whose statistics do not rule all users out. Raises DataError where the file is missing, damaged or may not be
+    read, or its user column is of another type; StorageError where storage fails."""
+    filesystem, base = open_filesystem(data_set)
     found: list[npt.NDArray[np.int64]] = []
     rows = 0
     with open_parquet(data_set, f"{base}/{path}") as file:
@@ -58,11 +59,17 @@ def find_users(data_set: str, path: str, column: str, users: pa.Array) -> Held:
             return Held(path, 0, np.zeros(0, np.int64), checked=False)
         groups = [g for g in range(file.num_row_groups) if _may_hold(file.metadata, g, column, users)]
         for group in groups:
+
+            def read(opened: pq.ParquetFile, group: int = group) -> pa.Array:
+                return user_positions(opened.read_row_group(group, columns=[column]).column(column), users).drop_null()
+
             try:
-                values = file.read_row_group(group, columns=[column]).column(column)
-                positions = user_positions(values, users).drop_null()
+                positions = read(file)
             except (pa.ArrowException, OSError) as error:
-                raise DataError(f"{join_path(data_set, path)}: column '{column}' cannot be read ({error})") from None
+                says = f"has a column '{column}' that cannot be read"
+                name = without_secrets(join_path(data_set, path))
+                place = f"{base}/{path}"
+                raise parquet_fault(error, filesystem, place, name, RESTORE, says=says, again=read) from None
             rows += len(positions)
             found.append(np.unique(np.asarray(positions)).astype(np.int64))
     return Held(path, rows, np.unique(np.concatenate([np.zeros(0, np.int64), *found])))

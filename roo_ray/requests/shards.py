@@ -30,11 +30,13 @@ from roo_ray.sources.columns import as_array, is_list, list_parts, take_table
 from roo_ray.sources.compare import Ints, sort_codes
 from roo_ray.sources.times import Seconds, day_name, epoch_seconds, utc_days
 from roo_ray.storage import join_path, open_filesystem
+from roo_ray.watched import parquet_fault
 
 DATA = "data"
 SAMPLE_ROWS = 1024
 ENCODING_GAIN = 0.98
 OFFSET_BYTES = 4
+RESTORE = "published files never change: restore it, or build the data set again"
 
 
 @dataclass(frozen=True)
@@ -298,15 +300,20 @@ def write_whole(filesystem: pafs.FileSystem, path: str, content: pa.Buffer | byt
 
 
 def read_row_group(data_set: str, path: str, row_group: int, columns: list[str] | None = None) -> pa.Table:
-    """The request rows of a unit; ``path`` as in the manifest. Raises DataError naming the file where it is
-    missing, truncated or damaged."""
+    """The request rows of a unit; ``path`` as in the manifest. Raises DataError naming the file where it is missing,
+    truncated, damaged, or may not be read; StorageError where storage fails."""
     filesystem, base = open_filesystem(data_set)
-    name = join_path(data_set, path)
-    advice = "published files never change: restore it, or build the data set again"
+    name, place = f"shard {join_path(data_set, path)}", f"{base}/{path}"
+
+    def read(file: pq.ParquetFile) -> pa.Table:
+        return file.read_row_group(row_group, columns=columns, use_threads=False)
+
     try:
-        with pq.ParquetFile(filesystem.open_input_file(f"{base}/{path}")) as file:
-            return file.read_row_group(row_group, columns=columns, use_threads=False)
+        with pq.ParquetFile(filesystem.open_input_file(place)) as file:
+            return read(file)
     except FileNotFoundError:
-        raise DataError(f"shard {name} is missing; {advice}") from None
+        raise DataError(f"{name} is missing; {RESTORE}") from None
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"shard {name} is truncated or damaged ({error}); {advice}") from None
+        raise parquet_fault(
+            error, filesystem, place, name, RESTORE, says="is truncated or damaged", again=read
+        ) from None

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from roo_ray.errors import DataError, RooError
+from roo_ray.errors import DataError, RooError, StorageError
 from roo_ray.requests.copies import Dealt, SharedCopies
 from roo_ray.requests.examine import examine_requests
 from roo_ray.requests.exchange import Shard, Survey, add_surveys, survey_rows
@@ -262,10 +262,12 @@ def _refused(plan: BuildPlan, findings: list[Finding]) -> bool:
 
 
 def readable_failure(error: Exception, what: str) -> RooError:
-    """The error for the user: roo_ray's own as they are; others named with the step that failed."""
+    """The error for the user: roo_ray's own as they are; others named with the step that failed. What is not there or
+    not permitted, and data that Arrow refuses, are bad input; a full disk or a lost connection is none."""
     if isinstance(error, RooError):
         return error
     if isinstance(error, (pa.ArrowException, OSError)):
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return DataError(f"{what} failed: {reason}")
+        ours = getattr(error, "errno", None) is None or isinstance(error, (FileNotFoundError, PermissionError))
+        return (DataError if ours else StorageError)(f"{what} failed: {reason}")
     return RooError(f"{what} failed: {type(error).__name__}: {error}")

@@ -14,7 +14,7 @@ import ray
 
 from roo_ray import session
 from roo_ray.allocator import keep_freed_memory, return_freed_memory
-from roo_ray.errors import BadInput, DataError, RooError
+from roo_ray.errors import BadInput, DataError, RooError, StorageError
 from roo_ray.requests.stages import readable_failure
 from roo_ray.requests.uniqueness import HasStaging
 from roo_ray.storage import open_filesystem
@@ -42,7 +42,9 @@ def _run_task(batch: pa.Table, plan: HasStaging, what: str) -> pa.Table:
     except Exception as error:
         readable = readable_failure(error, f"{what} (task {number})")
         kind = "refused" if isinstance(readable, BadInput) else "failed"
-        trace = "" if isinstance(error, RooError) else f"\n{traceback.format_exc()}"
+        trace = (
+            "" if isinstance(readable, StorageError) or isinstance(error, RooError) else f"\n{traceback.format_exc()}"
+        )
         outcome = (kind, str(readable) if kind == "refused" else f"{readable}{trace}")
     finally:
         return_freed_memory()

@@ -18,11 +18,13 @@ import pyarrow.parquet as pq
 from roo_ray.errors import DataError
 from roo_ray.requests.grouping import describe_key
 from roo_ray.requests.manifest import ShardFile
+from roo_ray.requests.shards import RESTORE
 from roo_ray.requests.staging import Piece, Runs, StagingWriter, read_pieces
 from roo_ray.schema import Schema
 from roo_ray.sources.compare import Ints
 from roo_ray.sources.hashing import Hashes, hash_rows
-from roo_ray.storage import open_filesystem
+from roo_ray.storage import join_path, open_filesystem
+from roo_ray.watched import read_parquet
 
 
 class HasStaging(Protocol):
@@ -62,12 +64,19 @@ def stage_kept_hashes(
     plan: HasStaging, data_set: str, columns: Sequence[str], number: int, files: Sequence[ShardFile], ranges: int
 ) -> Runs:
     """``stage_hashes`` of the request keys (``columns``) of files that an earlier version has written."""
-    filesystem, base = open_filesystem(data_set)
     hashes = [np.zeros(0, np.uint64)]
     for file in files:
-        with pq.ParquetFile(filesystem.open_input_file(f"{base}/{file.path}")) as opened:
-            hashes.append(hash_rows(opened.read(columns), columns))
+        hashes.append(hash_rows(_read(data_set, file, columns), columns))
     return stage_hashes(plan.staging, number, np.concatenate(hashes), ranges)
+
+
+def _read(data_set: str, file: ShardFile, columns: Sequence[str]) -> pa.Table:
+    filesystem, base = open_filesystem(data_set)
+
+    def read(opened: pq.ParquetFile) -> pa.Table:
+        return opened.read(list(columns))
+
+    return read_parquet(filesystem, f"{base}/{file.path}", read, join_path(data_set, file.path), RESTORE)
 
 
 def repeated_hashes(plan: HasStaging, pieces: Sequence[Piece]) -> list[tuple[int, list[int]]]:
@@ -95,14 +104,12 @@ def refuse_repeated_keys(
     that a hash names; ``can_settle``: whether a rule for conflicts could settle two times of one user."""
     if not repeated:
         return
-    filesystem, base = open_filesystem(data_set)
     columns = list(dict.fromkeys([*schema.keys.request, schema.keys.user, schema.keys.time]))
     wanted = np.array([value for value, _ in repeated], np.uint64)
     found = []
     for shard in sorted({shard for _, shards in repeated for shard in shards}):
         for file in files_of[shard]:
-            with pq.ParquetFile(filesystem.open_input_file(f"{base}/{file.path}")) as opened:
-                table = opened.read(columns)
+            table = _read(data_set, file, columns)
             found.append(table.filter(pa.array(np.isin(hash_rows(table, schema.keys.request), wanted))))
     rows = pa.concat_tables(found).combine_chunks()
     keys = [tuple(row[name] for name in schema.keys.request) for row in rows.select(schema.keys.request).to_pylist()]

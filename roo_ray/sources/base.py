@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,12 +15,15 @@ import pyarrow.parquet as pq
 
 from roo_ray.errors import DataError
 from roo_ray.sources.columns import is_list
-from roo_ray.storage import open_filesystem
+from roo_ray.storage import open_filesystem, without_secrets
+from roo_ray.watched import parquet_fault, read_parquet, storage_fault
 
 RowKind = Literal["impressions", "requests"]
 UNIT_BYTES = 128_000_000
 BATCH_BYTES = 64_000_000
 FOOTER_THREADS = 16
+AGAIN = "write or copy it again"
+UNREADABLE = "cannot be read"
 PARQUET_WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
 
 
@@ -160,15 +164,20 @@ class ParquetInput:
 
 def list_parquet(root: str) -> list[str]:
     """The Parquet files at a path: the file itself, or all ``*.parquet`` below a folder but for files and
-    folders whose names begin with ``_`` or ``.``. Raises DataError where there is none."""
+    folders whose names begin with ``_`` or ``.``. Raises DataError where there is none or they may not be listed,
+    StorageError where storage fails."""
     filesystem, inner = open_filesystem(root)
-    info = filesystem.get_file_info(inner)
-    if info.type == pafs.FileType.NotFound:
-        raise DataError(f"source not found: {root}")
-    if info.type == pafs.FileType.File:
-        return [inner]
+    try:
+        info = filesystem.get_file_info(inner)
+        if info.type == pafs.FileType.NotFound:
+            raise DataError(f"source not found: {root}")
+        if info.type == pafs.FileType.File:
+            return [inner]
+        items = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True))
+    except OSError as error:
+        raise storage_fault(without_secrets(root), error) from None
     found = []
-    for item in filesystem.get_file_info(pafs.FileSelector(inner, recursive=True)):
+    for item in items:
         parts = item.path[len(inner) :].strip("/").split("/")
         hidden = any(part.startswith(("_", ".")) for part in parts)
         if item.type == pafs.FileType.File and item.path.endswith(".parquet") and not hidden:
@@ -179,14 +188,23 @@ def list_parquet(root: str) -> list[str]:
 
 
 def open_parquet(root: str, path: str) -> pq.ParquetFile:
-    """Opens a Parquet file for reading. Raises DataError that names it where it is missing or broken."""
+    """Opens a Parquet file for reading. Raises DataError that names it where it is missing, damaged or may not be
+    read, StorageError where storage fails."""
     filesystem, _ = open_filesystem(root)
     try:
         return pq.ParquetFile(filesystem.open_input_file(path))
-    except FileNotFoundError:
-        raise DataError(f"file not found: {path}") from None
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a complete Parquet file ({error}); write or copy it again") from None
+        raise parquet_fault(error, filesystem, path, path, AGAIN) from None
+
+
+def read_group(item: ParquetInput, group: int, columns: Sequence[str]) -> pa.Table:
+    """Columns of a row group. Raises as ``open_parquet`` does."""
+    filesystem, _ = open_filesystem(item.root)
+
+    def read(file: pq.ParquetFile) -> pa.Table:
+        return file.read_row_group(group, list(columns), use_threads=False)
+
+    return read_parquet(filesystem, item.path, read, item.path, AGAIN)
 
 
 def read_footers(roots: Sequence[str]) -> list[ParquetInput]:
@@ -303,10 +321,17 @@ def make_units(inputs: Sequence[ParquetInput], columns: set[str], kind: RowKind)
 
 
 def stream_unit(unit: ReadUnit, columns: Sequence[str], batch_bytes: int = BATCH_BYTES) -> Iterator[pa.RecordBatch]:
-    """The unit's rows in record batches of about ``batch_bytes``. Raises DataError that names the file."""
+    """The unit's rows in record batches of about ``batch_bytes``. Raises as ``open_parquet`` does."""
     rows = max(1, min(131_072, int(unit.rows * batch_bytes / max(unit.bytes, 1))))
+
+    def batches(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
+        yield from file.iter_batches(rows, list(unit.row_groups), list(columns), use_threads=False)
+
     with open_parquet(unit.root, unit.path) as file:
         try:
-            yield from file.iter_batches(rows, list(unit.row_groups), list(columns), use_threads=False)
+            yield from batches(file)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{unit.path} cannot be read ({error}); write or copy it again") from None
+            filesystem, _ = open_filesystem(unit.root)
+            raise parquet_fault(
+                error, filesystem, unit.path, unit.path, AGAIN, says=UNREADABLE, again=lambda f: deque(batches(f), 0)
+            ) from None

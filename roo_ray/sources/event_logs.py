@@ -30,8 +30,8 @@ from roo_ray.sources.base import (
     codecs,
     common_schema,
     make_units,
-    open_parquet,
     read_footers,
+    read_group,
     stream_unit,
 )
 from roo_ray.sources.times import epoch_micros, is_time_type
@@ -265,8 +265,7 @@ def _latest(name: str, log: EventFiles, inputs: Sequence[ParquetInput]) -> int:
         for group in range(item.metadata.num_row_groups):
             times = _latest_in_footer(item.metadata.row_group(group).column(leaf).statistics, kind)
             if times is None:
-                with open_parquet(item.root, item.path) as file:
-                    times = file.read_row_group(group, [log.time]).column(0).drop_null()
+                times = read_group(item, group, [log.time]).column(0).drop_null()
             if len(times):
                 found.append(int(np.max(epoch_micros(times, log.time))))
     if not found:

@@ -94,7 +94,7 @@ def schema() -> Schema:
 def random_rows(counts: Sequence[int], seed: int, days: int = 1) -> list[Row]:
     """Requests of so many impressions, in order over the days, with nulls where the schema allows them, empty
     and null histories and bags."""
-    draw = random.Random(seed)
+    draw, moments = random.Random(seed), random.Random(seed)
 
     def maybe(value: Any, null: float = 0.2) -> Any:
         return None if draw.random() < null else value
@@ -111,6 +111,11 @@ def random_rows(counts: Sequence[int], seed: int, days: int = 1) -> list[Row]:
         def each(value: Any, count: int = impressions) -> list[Any]:
             return [value() for _ in range(count)]
 
+        def around(time: datetime.datetime) -> datetime.datetime:
+            """Most events are before their request; some are at it or after."""
+            time += datetime.timedelta(seconds=moments.choice([-3600, -60, -1, -1, 0, 90]))
+            return time.replace(tzinfo=None, microsecond=time.microsecond // 1000 * 1000)
+
         def event(value: Any, count: int = events, none: bool = no_history) -> list[Any] | None:
             return None if none else [value() for _ in range(count)]
 
@@ -126,7 +131,7 @@ def random_rows(counts: Sequence[int], seed: int, days: int = 1) -> list[Row]:
                 "country_id": maybe(draw.randrange(8)),
                 "interest_words": maybe(words(5)),
                 "device_id": maybe(draw.randrange(9)),
-                "history_time": event(lambda t=time: t.replace(tzinfo=None, microsecond=0)),
+                "history_time": event(lambda t=time: around(t)),
                 "history_item": event(lambda: f"i{draw.randrange(99)}"),
                 "history_dwell": event(lambda: maybe(draw.random() * 100)),
                 "history_topic": event(lambda: draw.randrange(12)),
@@ -230,12 +235,23 @@ def _ids(schema: Schema, feature: Feature, value: Any) -> list[int]:
     return [_id(schema, feature.table or "", v, feature.fill_id) for v in bag[: feature.max_length]]
 
 
+def _events(feature: Feature, row: Row) -> list[int]:
+    """The places of a sequence's events that are kept: the last before the request, where some must go."""
+    keep, places = feature.max_length or 0, list(range(len(row[feature.sequence[0].column] or [])))
+    if feature.time and len(places) > keep:
+        places = [i for i in places if _seconds(row[feature.time][i]) < _seconds(row["request_time"])]
+    return places[-keep:]
+
+
 def reference(schema: Schema, row: Row) -> dict[str, Any]:
     """A row as ``unpack.observed`` gives it back from a batch, read one value at a time."""
+    anonymous = row["user_id"] is None
     read: dict[str, Any] = {
         "request_key": request_key(row, schema),
         "request_time": _seconds(row["request_time"]),
-        "user_key": int(hash_array(pa.array([row["user_id"]])).view(np.int64)[0]),
+        "user_key": request_key(row, schema)
+        if anonymous
+        else int(hash_array(pa.array([row["user_id"]])).view(np.int64)[0]),
         "num_impressions": row["num_impressions"],
         "impression_index": list(range(row["num_impressions"])),
         "request_dense": [
@@ -260,15 +276,13 @@ def reference(schema: Schema, row: Row) -> dict[str, Any]:
         elif feature.kind == "ids":
             read[feature.name] = [_ids(schema, feature, value) for value in row[feature.columns[0]]]
         elif feature.kind == "sequence":
-            keep = feature.max_length or 0
+            events = _events(feature, row)
             for part in feature.sequence_ids:
-                values = (row[part.column] or [])[-keep:]
+                values = [row[part.column][i] for i in events]
                 read[f"{feature.name}.{part.column}"] = [_id(schema, part.table or "", v, None) for v in values]
-            events = len((row[feature.sequence[0].column] or [])[-keep:])
             read[f"{feature.name}:dense"] = [
-                [_dense((row[p.column] or [])[-keep:][e], 0.0, p.scale) for p in feature.sequence_dense]
-                for e in range(events)
+                [_dense(row[p.column][i], 0.0, p.scale) for p in feature.sequence_dense] for i in events
             ]
             if feature.time:
-                read[f"{feature.name}:time"] = [_seconds(t) for t in (row[feature.time] or [])[-keep:]]
+                read[f"{feature.name}:time"] = [_seconds(row[feature.time][i]) for i in events]
     return read

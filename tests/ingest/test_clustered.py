@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -48,8 +49,8 @@ def write(path: Path, rows: list[dict[str, Any]], row_group: int = 7) -> None:
     pq.write_table(table_of(rows), path, row_group_size=row_group)
 
 
-def pack_settings(folder: Path) -> PackSettings:
-    return PackSettings(str(folder), SCHEMA, Holdout(by="request", fraction=1e-12), "train", 20)
+def pack_settings(folder: Path, schema: Schema = SCHEMA) -> PackSettings:
+    return PackSettings(str(folder), schema, Holdout(by="request", fraction=1e-12), "train", 20)
 
 
 def rows_of(
@@ -58,7 +59,7 @@ def rows_of(
     """What the batches of an indexed table hold, request by request, its units in stored order or another one."""
     units = units_of(manifest.files)
     window = Window(0, 0, 0, tuple(units.ref(unit) for unit in order or range(len(units))), None)
-    packed = PackedBatches(pack_window(pack_settings(folder), window), schema)
+    packed = PackedBatches(pack_window(pack_settings(folder, schema), window), schema)
     return [row for batch in range(packed.rows) for row in observed(packed.batch(batch))]
 
 
@@ -131,8 +132,35 @@ def test_a_request_with_two_values_of_a_user_feature_is_refused(tmp_path: Path) 
     rows[4] = rows[4] | {"age": 99.0}
     write(tmp_path / "log/a.parquet", rows)
     manifest = index_impressions(str(tmp_path / "index"), [str(tmp_path / "log")], SCHEMA)
-    with pytest.raises(DataError, match="column 'age' varies within request rid=r1"):
+    with pytest.raises(DataError, match=r"log/a\.parquet, rows 0 to 6: column 'age' varies within request rid=r1"):
         rows_of(tmp_path / "index", manifest)
+
+
+@pytest.mark.parametrize("key", ["position", "no position", "position is a key", "two columns"])
+def test_an_impression_that_comes_twice_is_refused_as_a_build_does(tmp_path: Path, key: str) -> None:
+    """Also where the two stand at different positions, between others."""
+    changes = {
+        "position": lambda text: text,
+        "no position": lambda text: text.replace(", position: position", ""),
+        "position is a key": lambda text: text.replace("impression: item,", "impression: [item, position],"),
+        "two columns": lambda text: text.replace("impression: item,", "impression: [item, slot],"),
+    }
+    schema = small_schema(changes[key])
+    rows = impressions([3, 4, 2])
+    at = rows[5]["position"] if key == "position is a key" else 9
+    rows.insert(6, rows[4] | {"item": rows[5]["item"], "position": at, "click": 1})
+    write(tmp_path / "log/a.parquet", rows)
+    manifest = index_impressions(str(tmp_path / "index"), [str(tmp_path / "log")], schema)
+    with pytest.raises(
+        DataError,
+        match=r"log/a\.parquet, rows 0 to 10: 1 impressions repeat .*: item=2(, \w+=\w+)? in request rid=r1, shard=1; "
+        r".*build\.on_duplicate_impression",
+    ):
+        rows_of(tmp_path / "index", manifest, schema)
+    rows[6] |= {"item": 40}
+    write(tmp_path / "log/a.parquet", rows)
+    manifest = index_impressions(str(tmp_path / "index"), [str(tmp_path / "log")], schema)
+    assert len(rows_of(tmp_path / "index", manifest, schema)) == 3
 
 
 def test_the_stream_of_an_impression_table(tmp_path: Path) -> None:
@@ -156,6 +184,16 @@ def test_the_stream_of_an_impression_table(tmp_path: Path) -> None:
     (tmp_path / "log/1.parquet").unlink()
     with pytest.raises(DataError, match=r"1\.parquet is missing; .*jobs/index_impressions\.py"):
         list(islice(RankStream(how, 0, 1).epoch(0), 20))
+
+
+def test_a_wrong_value_is_named_with_the_file_that_has_it(tmp_path: Path) -> None:
+    """By the path of the log, which lies nowhere below the index."""
+    rows = impressions([3, 2])
+    rows[4] |= {"click": 3}
+    write(tmp_path / "log/a.parquet", rows)
+    manifest = index_impressions(str(tmp_path / "index"), [str(tmp_path / "log")], SCHEMA)
+    with pytest.raises(DataError, match=rf"'click' is 3.* in request rid=r1, shard=1 of {tmp_path}/log/a\.parquet"):
+        rows_of(tmp_path / "index", manifest)
 
 
 def test_files_of_mixed_days_cannot_be_held_out_by_day(tmp_path: Path) -> None:
@@ -240,3 +278,73 @@ def test_a_log_that_was_written_anew_is_noticed(tmp_path: Path) -> None:
     write(tmp_path / "log/a.parquet", [row | {"note": "x" * 900} for row in rows])
     with pytest.raises(DataError, match=r"a\.parquet has [\d,]+ bytes of data, .* another file; index it again"):
         rows_of(tmp_path / "index", manifest)
+
+
+def stored_as(rows: list[dict[str, Any]], column: str, dictionary: bool) -> pa.Table:
+    """The rows with a column of another way of storing it."""
+    table = table_of(rows)
+    values = table.column(column).combine_chunks()
+    if dictionary:
+        values = values.dictionary_encode()
+    elif pa.types.is_string(values.type):
+        values = values.cast(pa.large_string())
+    elif pa.types.is_list(values.type):
+        values = values.cast(pa.large_list(values.type.value_type))
+    return table.set_column(table.column_names.index(column), column, values)
+
+
+@pytest.mark.parametrize("column", ["rid", "user", "item", "h_item"])
+def test_a_column_may_be_stored_one_way_in_one_file_and_another_way_in_another(tmp_path: Path, column: str) -> None:
+    """As a dictionary, or with large offsets."""
+    rows = [impressions([3, 2, 4], first) for first in (0, 3, 6)]
+    (tmp_path / "log").mkdir()
+    for name, of in zip("abc", rows, strict=True):
+        table = stored_as(of, column, name == "b" and column != "h_item") if name != "a" else table_of(of)
+        pq.write_table(table, tmp_path / f"log/{name}.parquet")
+    manifest = index_impressions(str(tmp_path / "index"), [str(tmp_path / "log")], SCHEMA, unit_requests=2)
+    got, expected = (
+        rows_of(tmp_path / "index", manifest),
+        by_build(tmp_path / "built", [row for of in rows for row in of]),
+    )
+    assert len(got) == len(expected) == 9
+    assert all(same(row, expected[row["request_key"]]) for row in got)
+
+
+def test_a_request_of_two_files_is_found_however_they_store_its_key(tmp_path: Path) -> None:
+    (tmp_path / "log").mkdir()
+    for name, dictionary in (("a", False), ("b", True)):
+        pq.write_table(stored_as(impressions([3, 2]), "rid", dictionary), tmp_path / f"log/{name}.parquet")
+    with pytest.raises(DataError, match="2 of 2 requests"):
+        index_impressions(str(tmp_path / "index"), [str(tmp_path / "log")], SCHEMA)
+
+
+SEQUENCE = ["h_item", "h_dwell", "h_time"]
+
+
+@pytest.mark.parametrize(
+    "columns", [SEQUENCE, ["h_dwell"], ["tags"], ["words"], ["age"], ["price"], ["click"], ["position"]], ids=str
+)
+def test_a_column_without_a_value_has_no_type_in_a_file(tmp_path: Path, columns: list[str]) -> None:
+    """As some writers have it; alone in a window, first or last in it, and first or last of the files."""
+    without: dict[str, Any] = dict.fromkeys(columns)
+    if columns == ["h_dwell"]:  # unknown of all events is not a history without events
+        without = dict.fromkeys(SEQUENCE)
+    bare = [row | without for row in impressions([3, 2], 3)]
+    rows = {"a": impressions([2, 4, 1]), "b": bare, "c": impressions([3, 1], 5)}
+    (tmp_path / "log").mkdir()
+    for name, of in rows.items():
+        table = table_of(of)
+        if name == "b":
+            for column in columns:
+                table = table.set_column(table.column_names.index(column), column, pa.nulls(len(of)))
+        pq.write_table(table, tmp_path / f"log/{name}.parquet")
+    for paths in (["log"], ["log/b.parquet"], ["log/b.parquet", "log/a.parquet"], ["log/c.parquet", "log/b.parquet"]):
+        index = str(tmp_path / f"index {paths}")
+        names = "abc" if paths == ["log"] else [path[4] for path in paths]
+        expected = by_build(tmp_path / "built", [row for name in names for row in rows[name]])
+        manifest = index_impressions(index, [str(tmp_path / path) for path in paths], SCHEMA, unit_requests=2)
+        units = range(len(units_of(manifest.files)))
+        for order in (list(units), [*reversed(units)], *([unit] for unit in units)):
+            got = rows_of(Path(index), manifest, order=order)
+            assert len(order) == 1 or len(got) == len(expected)
+            assert all(same(row, expected[row["request_key"]]) for row in got)

@@ -12,13 +12,24 @@ from hypothesis import strategies as st
 
 from roo_ray.config import Config, load_config
 from roo_ray.ingest.budget import batch_bounds
-from roo_ray.ingest.expected import expected_batches, expected_steps
+from roo_ray.ingest.expected import expected_batches, expected_steps, mean_cost
 from roo_ray.ingest.stream import RankStream, StreamSettings
 from roo_ray.requests.manifest import Manifest, load_manifest
+from roo_ray.schema import parse_schema
 from tests.ingest import shard_maker
 from tests.ingest.shard_maker import random_rows, write_data_set
 
 COST = (1.0, 0.5, 0.01, 2.0, 0.1)
+TWO_SEQUENCES = """
+name: two
+keys: {request: r, user: u, time: t, impression: i}
+tables: {item: {rows: 9, dim: 8}}
+features:
+  - {name: long, level: request, kind: sequence, max_length: 50, sequence: [{column: a, table: item}]}
+  - {name: short, level: request, kind: sequence, max_length: 4, sequence: [{column: b, table: item}]}
+  - {name: item, level: impression, kind: ids, columns: i, table: item}
+labels: [{name: click, column: c}]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +97,15 @@ def test_steps_are_close_to_those_of_the_stream(made: tuple[Path, Manifest], ing
     config = config_of(folder, **ingest)
     true, expected = true_steps(config, manifest), expected_steps(config, manifest, COST)
     assert expected == pytest.approx(true, rel=0.08, abs=1.0)
+
+
+def test_sequences_cost_by_their_shares() -> None:
+    """By hand: 20 events of which a sequence keeps 12 and another one 5, cut to 4; without shares 10 and 4."""
+    schema = parse_schema(TWO_SEQUENCES)
+    given = np.array([[3.0]]), np.array([[20.0]])
+    shares = {"long": 0.6, "short": 0.25}
+    assert mean_cost(schema, COST, *given, shares) == pytest.approx(1 + 8 + 0.01 * (144 + 16) + 6 + 0.1 * 3 * 16)
+    assert mean_cost(schema, COST, *given) == pytest.approx(1 + 7 + 0.01 * (100 + 16) + 6 + 0.1 * 3 * 14)
 
 
 @given(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -16,12 +18,14 @@ import psutil
 import pytest
 import ray
 
-from roo_ray.config import Holdout
+from roo_ray.config import Holdout, Ingest
 from roo_ray.errors import DataError
 from roo_ray.ingest.feed import BLOCKS_AHEAD
 from roo_ray.ingest.plan import Position
-from roo_ray.ingest.stream import RankStream, StreamSettings, shared_feed
-from tests.ingest.shard_maker import Row
+from roo_ray.ingest.stream import RankStream, Step, StreamSettings, shared_feed, whole_position
+from tests.ingest import shard_maker
+from tests.ingest.shard_maker import Row, random_rows, write_data_set
+from tests.ingest.test_skipped import missing
 from tests.ingest.test_stream import equal, lose_a_shard, request_keys, take_epoch, world
 
 
@@ -39,21 +43,65 @@ def fed(how: StreamSettings, size: int) -> list[RankStream]:
     return [RankStream(how, rank, size, feed) for rank in range(size)]
 
 
-@pytest.mark.parametrize("size", [2, 8])
-def test_ray_data_delivers_the_identical_stream(
-    data: tuple[StreamSettings, list[Row]], local_ray: None, size: int
-) -> None:
-    """One execution for all ranks."""
-    how, _ = data
-    how = replace(how, ingest=how.ingest.model_copy(update={"lanes": 8}))
-    threads, pipelines = world(how, size), fed(by_ray(how), size)
-    for epoch in (0, 1):
+def assert_identical(how: StreamSettings, size: int) -> list[list[Step]]:
+    """By threads and by one execution of Ray Data for all ranks, over all epochs; returns the steps."""
+    threads, pipelines = world(by_thread(how), size), fed(by_ray(how), size)
+    steps = []
+    for epoch in how.epochs:
         left, right = take_epoch(threads, epoch), take_epoch(pipelines, epoch)
         assert len(left) == len(right) > 2
         for ours, rays in zip(left, right, strict=True):
             for a, b in zip(ours, rays, strict=True):
                 assert (a.lanes_alive, a.requests, a.impressions) == (b.lanes_alive, b.requests, b.impressions)
+                assert (a.counts, a.position, a.skipped_units) == (b.counts, b.position, b.skipped_units)
                 assert equal(a.batch, b.batch)
+        steps += left
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        (2, {}),
+        (8, {"interleave": 1, "oversize": "split"}),
+        (3, {"batch_impressions": None, "batch_cost": 60.0, "oversize": "split"}),
+        (2, {"batch_cost": 60.0, "interleave": 2}),
+    ],
+    ids=str,
+)
+def test_ray_data_delivers_the_identical_stream(
+    data: tuple[StreamSettings, list[Row]], local_ray: None, size: int, changes: dict[str, Any]
+) -> None:
+    how, _ = data
+    cost = (1.0, 2.0, 0.5, 1.0, 0.1)
+    how = replace(how, ingest=how.ingest.model_copy(update={"lanes": 8, **changes}), cost=cost)
+    how = replace(how, epochs=(0,) if changes else (0, 1))
+    steps = assert_identical(how, size)
+    marks = {mark for step in steps for s in step if s.batch.split is not None for mark in s.batch.split.tolist()}
+    assert marks == ({0, 1, 2} if "oversize" in changes else set())
+
+
+def test_ray_data_skips_the_same_units_after_a_resume(tmp_path: Path, local_ray: None) -> None:
+    """Those that were passed over in the windows in progress, which are there again, and those of a file that is lost
+    by now."""
+    schema = shard_maker.schema()
+    manifest = write_data_set(
+        tmp_path, random_rows([1 + i % 9 for i in range(160)], 2), schema, row_group=4, file_rows=8
+    )
+    ingest = Ingest(lanes=3, batch_impressions=12, window_units=3, reader="thread", on_bad_shard="skip")
+    how = StreamSettings(str(tmp_path), 1, schema, ingest, Holdout(by="all"), "evaluation", 5, (0,), "shuffled")
+    files = [tmp_path / file.path for file in manifest.files]
+    with missing(*files[::3]):
+        *_, first = islice(RankStream(how, 0, 1).epoch(0), 3)
+    position = whole_position(0, first.position, first.skipped_units)
+    assert any(position.skipped)
+    assert any(taken for _, taken in position.lanes)
+    plan = how.open()[1].plan(0)
+    begun = [unit.path for lane, (window, _) in enumerate(position.lanes) for unit in plan.window(lane, window).units]
+    lost = next(file for file in reversed(files) if str(file.relative_to(tmp_path)) not in begun)
+    with missing(lost):
+        steps = assert_identical(replace(how, start=position), 2)
+    assert sum(s.counts["skipped_requests"] for step in steps for s in step) == 8
 
 
 @ray.remote(num_cpus=0)
@@ -71,6 +119,7 @@ class Consumer:
         return os.getpid(), step.lanes_alive, request_keys([step])
 
 
+@pytest.mark.slow
 def test_eight_processes_on_one_feed_take_every_request_once_and_little_waits_for_them(
     data: tuple[StreamSettings, list[Row]], local_ray: None
 ) -> None:
@@ -181,3 +230,19 @@ def test_a_worker_killed_while_it_reads_is_retried_and_every_request_comes_once(
         before = reading - hung
     assert killed  # a task for each unit of the shard
     assert got == expected
+
+
+@pytest.mark.slow
+def test_a_feed_lies_on_the_node_that_opened_it() -> None:
+    """Not on whatever node: one for data may be taken away at any time, and all ranks' reading with it."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ingest.feeds_of_two_nodes"],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert "feeds at home: 5" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]

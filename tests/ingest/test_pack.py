@@ -91,6 +91,7 @@ def test_every_request_once_and_equal_to_the_reference(
 ) -> None:
     folder = tmp_path_factory.mktemp("data")
     rows = shard_maker.random_rows(counts, seed, days=2)
+    rows = [row | {"user_id": None} if n % 3 == seed % 5 else row for n, row in enumerate(rows)]
     manifest = shard_maker.write_data_set(folder, rows, SCHEMA, row_group=row_group)
     batches = batches_of(folder, manifest, budget, shuffle)
     expected = {row["request_key"]: row for row in (shard_maker.reference(SCHEMA, row) for row in rows)}
@@ -287,6 +288,31 @@ def test_false_negatives_are_what_the_retrieval_loss_masks(tmp_path: Path, monke
         assert packed.counts["false_pairs"][row] == int(masked.sum()) - positives
     assert len(masks) == packed.rows > 1
     assert 0 < sum(packed.counts["false_pairs"]) < sum(packed.counts["negative_pairs"])
+
+
+@pytest.mark.parametrize("changes", [{}, {"interleave": 1}, {"oversize": "split", "batch_impressions": 4}])
+def test_anonymous_requests_are_negatives_of_each_other(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Requests of null users are no user's: retrieval trains on them, and nothing takes them for one user's."""
+    rows = [row | {"user_id": None} for row in shard_maker.random_rows(COUNTS[:12], 3)]
+    rows = [row | {"item_id": [f"i{n}-{i}" for i in range(row["num_impressions"])]} for n, row in enumerate(rows)]
+    manifest = shard_maker.write_data_set(tmp_path, rows, SCHEMA)
+    settings = replace(pack_settings(tmp_path), **({"batch_impressions": 60} | changes))
+    packed = PackedBatches(pack_window(settings, window_of(manifest)), SCHEMA)
+    towers: Any = SimpleNamespace(
+        item="item", positive=0, training=False, log_q=False, temperature=1.0, scores=lambda pairs: pairs.sum(1)
+    )
+    trained = 0
+    for row in range(packed.rows):
+        batch = packed.batch(row)
+        assert torch.equal(batch.user_key, batch.request_key)
+        requests = set(batch.request_key.tolist())
+        assert packed.counts["users"][row] == len(requests)
+        assert packed.counts["crowded"][row] <= batch.num_requests - len(requests)
+        pairs = torch.randn(batch.total_impressions, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        retrieval_loss(towers, pairs, batch, 1).backward()
+        assert pairs.grad is not None
+        trained += int((pairs.grad.abs().sum() > 0) and len(requests) > 1)
+    assert trained > 0
 
 
 def test_in_order_of_time(tmp_path: Path) -> None:

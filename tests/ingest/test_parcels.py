@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from roo_ray.config import Holdout, Ingest
+from roo_ray.ingest.clustered import index_impressions
 from roo_ray.ingest.pack import pack_window
 from roo_ray.ingest.parcels import PARCEL_BYTES, PackedSize, parcel_bytes, parcels, split_parcel
 from roo_ray.ingest.plan import Window
@@ -16,6 +20,7 @@ from roo_ray.ingest.stream import StreamSettings
 from roo_ray.ingest.units import UnitRef
 from tests.ingest import shard_maker
 from tests.ingest.shard_maker import Row
+from tests.requests.tables import START, impression_row, request_row, small_schema, table_of
 
 SIZE = PackedSize(shard_maker.schema())
 
@@ -69,6 +74,27 @@ def test_the_estimate_is_near_what_is_packed(data: tuple[StreamSettings, list[Ro
     some = list(plan.reading_order(range(4)))
     real = sum(pack_window(packing, window).nbytes for window in some)
     assert 0.4 < sum(PackedSize(data[0].schema).of(window.units) for window in some) / real < 1.5
+
+
+def test_the_estimate_of_an_impression_table_is_near_too(tmp_path: Path) -> None:
+    """Whose index knows the mean history of requests; most of the bytes are histories here. Uneven ends: the last
+    unit is a small one."""
+    history = {"h_item": list(range(40)), "h_dwell": [0.5] * 40, "h_time": [START] * 40}
+    rows = [impression_row(request_row(r, **history), n) for r in range(70) for n in range(1 + r % 3)]
+    (tmp_path / "log").mkdir()
+    pq.write_table(table_of(rows), tmp_path / "log/a.parquet")
+    schema = small_schema(lambda text: text.replace("max_length: 8", "max_length: 40"))
+    manifest = index_impressions(str(tmp_path / "index"), [str(tmp_path / "log")], schema, unit_requests=16)
+    (file,) = manifest.files
+    assert [unit.tokens for unit in file.units] == [40 * unit.requests for unit in file.units]
+    assert file.tokens == 40 * 70
+    ingest = Ingest(lanes=2, batch_impressions=50, window_units=2, reader="thread")
+    everything = Holdout(by="all")
+    how = StreamSettings(str(tmp_path / "index"), 1, schema, ingest, everything, "evaluation", 0, (0,), "sequential")
+    packing, (plan, *_) = how.open()
+    some = list(plan.reading_order(range(2)))
+    real = sum(pack_window(packing, window).nbytes for window in some)
+    assert 0.4 < sum(PackedSize(schema).of(window.units) for window in some) / real < 1.5
 
 
 @pytest.mark.parametrize("one_chunk", [False, True])

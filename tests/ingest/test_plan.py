@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from roo_ray.config import Holdout, Ingest
 from roo_ray.errors import ConfigError, DataError
@@ -18,6 +20,7 @@ from roo_ray.ingest.holdout import check_sides, rows_of_side, select_files
 from roo_ray.ingest.plan import (
     EpochPlan,
     Mode,
+    Position,
     derive_seed,
     lanes_of_rank,
     permutation,
@@ -259,8 +262,9 @@ def test_units_with_times_of_their_own_are_ordered_within_a_file(tmp_path: Path)
     assert sorted(len(lane) for lane in plan.lanes) == [2, 3]
     assert [u.time_min for u in file.units] == sorted(1_709_251_200.0 + n for n in range(0, 40, 8))
     untimed = Unit(requests=3, impressions=4, tokens=5)
-    assert untimed.model_dump_json() == '{"requests":3,"impressions":4,"tokens":5,"first_row":null}'
-    assert Unit.model_validate(file.units[0].model_dump(mode="json")) == file.units[0]
+    json_of = TypeAdapter(Unit)
+    assert json_of.dump_json(untimed) == b'{"requests":3,"impressions":4,"tokens":5,"first_row":null}'
+    assert json_of.validate_json(json_of.dump_json(file.units[0])) == file.units[0]
 
 
 # ---- holdout ---------------------------------------------------------------------------------------------
@@ -295,6 +299,27 @@ def test_by_request_both_sides_read_all_files_and_no_request_is_on_both() -> Non
     again = rows_of_side(shuffled, holdout, "evaluation")
     assert again is not None
     assert np.array_equal(again, evaluation[::-1])
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.floats(0.01, 50)), min_size=1, max_size=60), st.integers(1, 5))
+@settings(max_examples=60, deadline=None)
+def test_what_units_fill_decides_the_order_of_reading_alone(sizes: list[tuple[int, float]], lanes: int) -> None:
+    """A lane's windows and what is in them are the same, from any position on; across lanes the window that begins
+    after the least comes first."""
+    made = [Unit(requests=1, impressions=count, tokens=0) for count, _ in sizes]
+    plan = plan_epoch(units([made]), seed=3, epoch=1, lanes=lanes, window_units=2)
+    other = replace(plan, fills=np.array([fill for _, fill in sizes]))
+    start = Position(1, tuple((min(1, plan.num_windows(lane)), 0) for lane in range(lanes)))
+    for at in (None, start):
+        one, two = list(plan.reading_order(range(lanes), at)), list(other.reading_order(range(lanes), at))
+        for lane in range(lanes):
+            assert [w for w in one if w.lane == lane] == [w for w in two if w.lane == lane]
+        read = dict.fromkeys(range(lanes), 0.0)
+        begins = []
+        for window in two:
+            begins.append(read[window.lane])
+            read[window.lane] += sum(sizes[unit.row_group][1] for unit in window.units)
+        assert begins == pytest.approx(sorted(begins))
 
 
 def test_the_split_is_independent_of_hash_buckets() -> None:

@@ -183,3 +183,27 @@ def test_what_cannot_be_read_is_counted_by_the_epoch_that_comes_to_it(
         assert sum(skipped) + unreadable(step) == 8
         assert skipped.count(0) > len(skipped) / 2
         stream.close()
+
+
+def test_a_missing_shard_of_small_data_that_is_held_out_by_request_is_skipped(tmp_path: Path) -> None:
+    """So little data that the stream looks whether a side of the holdout is empty, before the first batch."""
+    schema, rows = shard_maker.schema(), random_rows([3] * 40, 9)
+    manifest = write_data_set(tmp_path, rows, schema, row_group=4, file_rows=8)
+    ingest = Ingest(lanes=2, batch_impressions=12, window_units=2, reader="thread", on_bad_shard="skip")
+    holdout = Holdout(by="request", fraction=0.2)
+    how = StreamSettings(str(tmp_path), 1, schema, ingest, holdout, "train", 11, (0,), "shuffled")
+    sides = {}
+    with missing(tmp_path / manifest.files[1].path):
+        for side in ("train", "evaluation"):
+            run = Lineage(replace(how, side=side))  # type: ignore[arg-type]
+            run.go(2)
+            sides[side] = run
+        with pytest.raises(DataError, match=r"\.parquet is missing"):
+            RankStream(replace(how, ingest=ingest.model_copy(update={"on_bad_shard": "fail"})), 0, 1)
+    assert all(run.keys and run.skipped == 8 for run in sides.values())
+    keys = sides["train"].keys + sides["evaluation"].keys
+    assert sorted(keys) == sorted(request_key(row, schema) for row in rows[:8] + rows[16:])
+    with missing(*(tmp_path / file.path for file in manifest.files)):
+        run = Lineage(how)
+        run.go(2)
+        assert (run.keys, run.skipped) == ([], 40)

@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 import torch
 
+from roo_ray import session
 from roo_ray.config import Holdout, Ingest
 from roo_ray.errors import ConfigError, DataError
+from roo_ray.ingest import settings as settings_module
 from roo_ray.ingest import stream as stream_module
 from roo_ray.ingest.batch import Jagged, RequestBatch
+from roo_ray.ingest.feed import Feed
 from roo_ray.ingest.plan import lanes_of_rank
 from roo_ray.ingest.stream import RankStream, Step, StreamSettings
 from roo_ray.schema import Schema
@@ -185,11 +188,9 @@ def test_the_thread_reads_no_further_than_the_prefetch(
     assert len(read) > 5
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_rank_holds_little_more_than_a_window_a_lane(data: tuple[StreamSettings, list[Row]], size: int) -> None:
-    """Whose windows have more batches than the prefetch: memory is bounded by the lanes of a rank, not by the data."""
-    how, _ = data
-    how = replace(how, ingest=how.ingest.model_copy(update={"lanes": 4, "batch_impressions": 9}))
+def most_windows_held(how: StreamSettings, size: int) -> list[int]:
+    """Of each rank, the most windows that it holds batches of at a time, over both epochs."""
+    found = []
     for stream in world(how, size):
         most = 0
         for epoch in (0, 1):
@@ -200,7 +201,76 @@ def test_a_rank_holds_little_more_than_a_window_a_lane(data: tuple[StreamSetting
                 with stream._buffers.changed:
                     lanes = stream._buffers.lanes.values()
                     most = max(most, len({id(taken.packed) for lane in lanes for taken in lane.batches}))
-        assert 0 < most <= 2 * len(stream.lanes) + 1
+        found.append(most)
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_rank_holds_little_more_than_a_window_a_lane(data: tuple[StreamSettings, list[Row]], size: int) -> None:
+    """Whose windows have more batches than the prefetch: memory is bounded by the lanes of a rank, not by the data."""
+    how, _ = data
+    how = replace(how, ingest=how.ingest.model_copy(update={"lanes": 4, "batch_impressions": 9}))
+    for most in most_windows_held(how, size):
+        assert 0 < most <= 2 * (4 // size) + 1
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("impressions", [None, 30])
+def test_so_does_one_whose_batches_are_cut_by_cost(tmp_path: Path, size: int, impressions: int | None) -> None:
+    """Which lies in histories here: requests with many impressions have none, and they come in long runs, so that
+    lanes differ in what their impressions say and what they are to train on."""
+    rows = random_rows([1 if i // 12 % 2 else 9 for i in range(600)], 4)
+    names = [column for column in shard_maker.ARROW if column.startswith("history_")]
+    for i, row in enumerate(rows):
+        event = dict.fromkeys(names) if i // 12 % 2 == 0 else None
+        row |= event or {
+            "history_time": [row["request_time"].replace(tzinfo=None, microsecond=0)] * 4,
+            "history_item": ["i1"] * 4,
+            "history_dwell": [1.0] * 4,
+            "history_topic": [1] * 4,
+            "history_score": [0.5] * 4,
+        }
+    schema = shard_maker.schema()
+    write_data_set(tmp_path, rows, schema, row_group=12, file_rows=120)
+    budgets = {"batch_impressions": impressions, "batch_cost": 8.0}
+    ingest = Ingest(lanes=4, window_units=1, reader="thread", prefetch_batches=1, **budgets)  # type: ignore[arg-type]
+    how = StreamSettings(
+        str(tmp_path), 1, schema, ingest, Holdout(by="request", fraction=0.02), "train", 3, (0, 1), "shuffled"
+    )
+    how = replace(how, cost=(0.0, 1.0, 0.0, 0.001, 0.0))
+    for most in most_windows_held(how, size):
+        assert 0 < most <= 2 * (4 // size) + 1
+
+
+def test_epochs_are_planned_when_they_are_come_to(
+    data: tuple[StreamSettings, list[Row]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how, rows = data
+    planned: list[int] = []
+    real = settings_module.plan_epoch
+    monkeypatch.setattr(
+        settings_module, "plan_epoch", lambda units, **of: (planned.append(of["epoch"]), real(units, **of))[1]
+    )
+    how = replace(how, epochs=tuple(range(100, 130)))
+    stream = RankStream(how, 0, 1)
+    next(stream.epoch(100))
+    assert planned == [100]
+    for epoch in (101, 102, 104):  # the one between is passed over: read, all the same
+        keys = [key for step in take_epoch([stream], epoch) for key in request_keys(step)]
+        assert sorted(keys) == keys_of(rows, how.schema, held_out=False)
+        assert sorted(planned) == [*range(100, max(planned) + 1)]
+        assert epoch <= max(planned) <= epoch + 1
+    stream.close()
+    planned.clear()
+    _, plans = how.open()
+    feed = Feed(how, [[0, 2], [1, 3]], 0.0, session.Placing())
+    windows = feed._windows(plans, None)
+    first = [next(windows) for _ in range(sum(plans.num_windows(100)))]
+    assert {window.epoch for window in first} == {100}
+    assert planned == [100]
+    assert (sum(feed.coming), feed.more) == (len(first), [True, True])
+    assert next(windows).epoch == 101
+    assert planned == [100, 101]
 
 
 def test_the_default_lanes_are_shared_evenly_by_usual_numbers_of_workers() -> None:

@@ -87,6 +87,7 @@ def test_users_are_gone_and_all_others_stay(tmp_path: Path, local_ray: None) -> 
     assert second.counts == anew.counts
     for name, entry in second.ledger["columns"].items():
         assert entry["elements"] == anew.ledger["columns"][name]["elements"]
+        assert entry.get("kept") == anew.ledger["columns"][name].get("kept")
         for level, size in entry["memory_bytes"].items():  # bits are rounded up to bytes, file by file
             assert abs(size - anew.ledger["columns"][name]["memory_bytes"][level]) <= len(first.files)
     columns = dict.fromkeys(second.ledger["columns"], 0)
@@ -183,10 +184,10 @@ def test_the_jobs(tmp_path: Path, local_ray: None) -> None:
     (tmp_path / "x.yaml").write_text(f"{{name: x, schema: schema.yaml, requests: {tmp_path}/requests}}")
     (tmp_path / "users").write_text("9\n77\n")
     forget_command = ["jobs/forget_users.py", "--config", f"{tmp_path}/x.yaml", "--users", f"{tmp_path}/users"]
-    done = run_job(*forget_command, "--report", f"{tmp_path}/report.json")
+    done = run_job(*forget_command, "--report", f"file://{tmp_path}/reports/1.json")
     assert done.returncode == EXIT_OK, done.stderr
     assert "remove them there too" in done.stdout
-    report = json.loads((tmp_path / "report.json").read_text())
+    report = json.loads((tmp_path / "reports/1.json").read_text())
     assert (report["users_found"], report["not_found"], report["purged"], report["version"]) == (1, ["77"], [1], 2)
 
     explode_command = ["jobs/explode_requests.py", "--requests", f"{tmp_path}/requests", "--out", f"{tmp_path}/table"]

@@ -13,8 +13,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import ray
+import yaml
+from mlflow.tracking import MlflowClient
 
-from roo_ray.errors import DataError
+from roo_ray.errors import EXIT_STOPPED, DataError
 from roo_ray.requests.grouping import explode_requests
 from roo_ray.requests.join import build_requests
 from roo_ray.requests.manifest import load_manifest, manifest_versions
@@ -104,3 +106,40 @@ def test_a_killed_driver_leaves_nothing_that_a_reader_accepts(tmp_path: Path, lo
         named = {file.path for item in [*kept, manifest] for file in item.files}
         manifests = [f"_manifests/v{version:06d}.json" for version in range(1, manifest.version + 1)]
         assert files_below(Path(requests)) == sorted([*manifests, *named])
+
+
+def test_a_build_that_is_told_to_end_leaves_nothing(tmp_path: Path, local_ray: None) -> None:
+    """The job itself, as `ray job stop` or a shell ends it."""
+    (tmp_path / "log").mkdir()
+    many = [impression_row(request_row(n), item) for n in range(4000) for item in range(2)]
+    pq.write_table(table_of(many), tmp_path / "log" / "part.parquet", row_group_size=500)
+    publish(tmp_path / "requests", table_of(OLD), SCHEMA)
+    before = files_below(tmp_path / "requests")
+    (tmp_path / "schema.yaml").write_text(SCHEMA.to_yaml())
+    config = {
+        "name": "told-to-end",
+        "schema": "schema.yaml",
+        "source": {"kind": "impressions", "path": [str(tmp_path / "log")]},
+        "requests": str(tmp_path / "requests"),
+        "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    job = subprocess.Popen(
+        [sys.executable, "jobs/build_requests.py", "--config", str(tmp_path / "config.yaml")],
+        cwd=ROOT, env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert job.stdout is not None
+    lines = []
+    for line in job.stdout:
+        lines.append(line)
+        if "dealing" in line:
+            assert list((tmp_path / "requests" / "_staging").iterdir())
+            job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=60) == EXIT_STOPPED, "".join(lines)
+    assert "what was underway is not published" in "".join(lines)
+    assert "Traceback" not in "".join(lines)
+    assert files_below(tmp_path / "requests") == before  # no staging, no shards, no claim, no version
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    [run] = client.search_runs([client.get_experiment_by_name("roo_ray").experiment_id])
+    assert run.info.status == "KILLED"

@@ -268,7 +268,7 @@ def job(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_job(tmp_path: Path) -> None:
     folder = str(write(tmp_path / "log", synthetic(), group=2000))
     out, figures = tmp_path / "schema.yaml", tmp_path / "profile.json"
-    flags = ["--sample-requests", "200", "--out", str(out), "--json", str(figures), "--model", "configs/demo.yaml"]
+    flags = ["--sample-requests", "200", "--out", out.as_uri(), "--json", str(figures), "--model", "configs/demo.yaml"]
     done = job(folder, "--request-key", "request_id", *flags)
     assert done.returncode == 0, done.stderr
     for words in ("200 whole requests", "Predicted savings", "a formula, nothing was run", "guessed: user: user_id"):

@@ -115,6 +115,7 @@ def test_a_day_is_built_again_and_all_else_is_carried_over(tmp_path: Path, local
     for name, entry in second.ledger["columns"].items():
         expected = whole.ledger["columns"][name]
         assert entry["elements"] == expected["elements"]
+        assert entry.get("kept") == expected.get("kept")
         assert entry["disk_bytes"]["request"] == expected["disk_bytes"]["request"]
         # as logged: by share of impressions, of differently sorted logs
         logged = [side["disk_bytes"]["impression"] for side in (entry, expected)]

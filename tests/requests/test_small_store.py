@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pyarrow.dataset as ds
+import pytest
 
 from roo_ray.requests.manifest import load_manifest
 
@@ -16,6 +17,8 @@ STORE_BYTES = 80_000_000  # Ray's least is 75 MiB
 ROWS = 200_000
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_log_of_four_times_the_store_on_one_cpu(tmp_path: Path) -> None:
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
     arguments = ["-m", "tests.requests.small_store", str(tmp_path), str(ROWS), str(STORE_BYTES)]
