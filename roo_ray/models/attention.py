@@ -11,6 +11,10 @@ same on a GPU without padding.
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
+import warnings
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -20,6 +24,16 @@ from torch.nn import functional
 from roo_ray.models.attention_layout import Layout
 from roo_ray.models.bucketed_attention import bucketed_attention
 from roo_ray.models.precision import at_least_float32
+from roo_ray.models.triton_blocks import block_size
+
+_say: Callable[[str], None] | None = None
+
+
+def say_fallbacks(say: Callable[[str], None] | None) -> None:
+    """From now on ``say`` gets what ``attention`` warns of in this process, a line each, once (None: Python's warnings
+    do): nobody reads the warnings of a worker."""
+    global _say
+    _say = say
 
 
 def position_bias(weights: Tensor, length: int) -> Tensor:
@@ -60,16 +74,55 @@ def attention(
     Result      (T, H * d).
     """
     if qkv.device.type != "cpu":
+        block = None
         if layout.buckets and _has_triton() and not torch.are_deterministic_algorithms_enabled():
+            block = triton_block(qkv, qkv.shape[1] // 3 // heads)
+        if block is not None:
             from roo_ray.models.triton_attention import triton_attention
 
             longest = max(bucket.length for bucket in layout.buckets)
-            return triton_attention(qkv, layout.lengths, layout.ages, longest, heads, normaliser, position, time)
+            return triton_attention(qkv, layout.lengths, layout.ages, longest, heads, normaliser, position, time, block)
         return padded_attention(qkv, layout, heads, normaliser, position, time)
     with torch.autocast("cpu", enabled=False):  # scores in float32: the CPU gains nothing below it
-        return bucketed_attention(at_least_float32(qkv), layout, heads, normaliser, position, time).to(qkv.dtype)
+        mixed: Tensor = bucketed_attention(at_least_float32(qkv), layout, heads, normaliser, position, time)
+        return mixed.to(qkv.dtype)
+
+
+def kernel_problem() -> str | None:
+    """Why the Triton kernel cannot run in this process, whatever its GPU; None where it can. Triton builds a launcher
+    at first use, by the C compiler that ``CC`` names, gcc or clang (it looks for no other name)."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    named = (os.environ.get("CC") or "").split()[:1]
+    if not any(shutil.which(compiler) for compiler in named or ("gcc", "clang")):
+        return f"Triton finds no C compiler ({f'CC={named[0]}' if named else 'CC, gcc or clang'})"
+    return None
+
+
+def triton_block(qkv: Tensor, depth: int) -> int | None:
+    """The kernel's block for heads of ``depth`` on the GPU of ``qkv``; None, with one warning, where none fits."""
+    gpu = torch.cuda.get_device_properties(qkv.device)
+    shared: int = getattr(gpu, "shared_memory_per_block_optin", gpu.shared_memory_per_block)
+    block = block_size(depth, qkv.itemsize, gpu.major, shared)
+    if block is None:
+        _warn_once(
+            f"attention is the padded reference, which is slower: heads of depth {depth} in {qkv.dtype} do not fit the "
+            f"{shared // 1024} KiB of shared memory of {gpu.name}; take more model.heads, or training.autocast: bf16"
+        )
+    return block
+
+
+@cache
+def _warn_once(message: str) -> None:
+    if _say is None:
+        warnings.warn(message, stacklevel=3)
+    else:
+        _say(message)
 
 
 @cache
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    problem = kernel_problem()
+    if problem is not None:
+        _warn_once(f"attention is the padded reference, which is slower and takes more memory: {problem}")
+    return problem is None

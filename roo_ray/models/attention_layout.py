@@ -169,11 +169,16 @@ def _splits(descending: Tensor, max_buckets: int) -> Sequence[tuple[int, int]]:
     count = int((descending > 0).sum())
     if count == 0:
         return []
-    tokens = descending[:count].double().cumsum(0)
-    targets = tokens[-1] * torch.arange(1, max_buckets, device=tokens.device) / max_buckets
-    cuts = torch.searchsorted(tokens, targets).tolist()
-    edges = sorted({0, count, *(cut for cut in cuts if cut < count)})
-    return list(pairwise(edges))
+    return even_cuts(descending[:count], max_buckets)
+
+
+def even_cuts(costs: Tensor, parts: int) -> list[tuple[int, int]]:
+    """Ranges of about equal cost, at most ``parts``: costs (N,) int64, N > 0. In integers: a GPU has no deterministic
+    sum of floats from the left."""
+    summed = costs.cumsum(0)
+    targets = (summed[-1] * torch.arange(1, parts, device=costs.device) + parts - 1) // parts  # rounded up
+    cuts = torch.searchsorted(summed, targets).tolist()
+    return list(pairwise(sorted({0, costs.numel(), *(cut for cut in cuts if cut < costs.numel())})))
 
 
 def _index_type(rows: int) -> torch.dtype:

@@ -136,6 +136,7 @@ def _raw_scores(bucket: Bucket, q: Tensor, k: Tensor, first: int, last: int, tab
     return torch.baddbmm(flat, q[:, first:last], k[:, :last].transpose(1, 2), out=flat)
 
 
+@torch.compiler.disable  # type: ignore[misc]  # buckets are cut by values, which the compiler cannot follow
 def bucketed_attention(
     qkv: Tensor, layout: Layout, heads: int, normaliser: int, position: Tensor, time: Tensor | None
 ) -> Tensor:

@@ -26,8 +26,9 @@ def cost_coefficients(schema: Schema, model_config: Model) -> dict[str, float]:
 
     Counted, not written down: the towers run on a request with no, half of and all of ``max_length`` events (at most
     1,024) and with one or two impressions, while torch counts their matrix products; the polynomial goes through the
-    counts. Between them it is exact up to 80 events. Beyond, causal attention in blocks of queries skips scores by
-    steps: t2 is what it computes at ``max_length``, and lengths between are within 10 %. Where a schema has several
+    counts. It is exact where ``max_length`` is at most 80. Above, causal attention in blocks of queries skips scores by
+    steps: t2 is what it computes at ``max_length``, and lengths between are off by up to 12 %, short ones the most (the
+    table in docs/models.md). Where a schema has several
     sequences, t is the sum of their events, taken to be spread in proportion to their ``max_length``. Lookups and
     elementwise work are not in it.
     """

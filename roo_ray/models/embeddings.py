@@ -2,17 +2,19 @@
 
 Every id feature goes into the lookup as one list per request, also those of impressions (their ids, grouped by
 request): one lookup and one all-to-all serve the user side and the impression side, and a table that both read
-is one table. Bags are pooled after the lookup.
+is one table. Bags are pooled after the lookup, but for those of tables that are to be pooled where they lie
+(``pooled``).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torchrec import EmbeddingCollection, EmbeddingConfig, JaggedTensor, KeyedJaggedTensor
+from torchrec import EmbeddingCollection, EmbeddingConfig, JaggedTensor
 from torchrec.distributed.types import Awaitable
 from torchrec.modules.embedding_configs import DataType
 
@@ -20,7 +22,9 @@ from roo_ray.errors import ConfigError
 from roo_ray.ingest.batch import Jagged, RequestBatch, impression_id_keys, request_id_keys
 from roo_ray.models.contract import ModelInputs, SequenceInputs
 from roo_ray.models.jagged import segment_mean, segment_sum, sum_lengths
+from roo_ray.models.keyed import keyed_jagged
 from roo_ray.models.keyed_random import combine_keys
+from roo_ray.models.pooled import PooledLookup, pooled_problems
 from roo_ray.models.precision import at_least_float32
 from roo_ray.schema import Feature, Schema
 
@@ -42,18 +46,45 @@ def lookup_features(schema: Schema) -> dict[str, list[str]]:
     return {table: names for table, names in features.items() if names}
 
 
+@dataclass(frozen=True)
+class LookedUp:
+    """Embeddings of a batch, by the feature's name in the lookup, float32.
+
+    per_id  (T, D) in the order of the feature's ids, with lengths (B_RO,) for request-level and (B_NRO,) for
+            impression-level features.
+    pooled  (B_RO, D) or (B_NRO, D): bags of pooled tables.
+    """
+
+    per_id: dict[str, Jagged]
+    pooled: dict[str, Tensor]
+
+
 class EmbeddingLookup(nn.Module):
-    """The model's embedding tables, one TorchRec ``EmbeddingCollection`` per embedding dim.
+    """The model's embedding tables: one TorchRec ``EmbeddingCollection`` per embedding dim, and those that ``pooled``
+    names in ``EmbeddingBagCollection``s.
 
     ``device``: where the tables are made; ``meta`` where ``DistributedModelParallel`` allocates them. Works
     unsharded and sharded. Weights are set by ``initialise_tables``; they are of type ``weights`` (fp32, fp16,
-    bf16), what is looked up is float32.
+    bf16), what is looked up is float32. Raises ConfigError where ``pooled`` names a table that is read by something
+    other than bags.
     """
 
-    def __init__(self, schema: Schema, device: torch.device | None = None, weights: str = "fp32") -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        device: torch.device | None = None,
+        weights: str = "fp32",
+        pooled: Collection[str] = (),
+    ) -> None:
         super().__init__()
+        problems = pooled_problems(schema, pooled)
+        if problems:
+            raise ConfigError("\n  ".join(problems))
         by_dim: dict[int, list[EmbeddingConfig]] = {}
-        for table, names in lookup_features(schema).items():
+        features = lookup_features(schema)
+        for table, names in features.items():
+            if table in pooled:
+                continue
             rows, dim = schema.tables[table].rows, schema.tables[table].dim
             by_dim.setdefault(dim, []).append(
                 EmbeddingConfig(
@@ -70,22 +101,24 @@ class EmbeddingLookup(nn.Module):
         self.collections = nn.ModuleDict(
             {f"dim_{dim}": EmbeddingCollection(tables=tables, device=device) for dim, tables in by_dim.items()}
         )
+        self.pooled = PooledLookup(schema, features.keys() & pooled, device, weights)
 
-    def forward(self, batch: RequestBatch) -> dict[str, Jagged]:
-        """Feature name in the lookup -> its embeddings (T, D) float32 in the order of its ids, with lengths
-        (B_RO,) for request-level and (B_NRO,) for impression-level features."""
+    def forward(self, batch: RequestBatch) -> LookedUp:
+        """The embeddings of all id features (collective where tables are sharded)."""
         per_request = request_lists(batch)
         # all lookups are under way before the first one is waited for
         started = {
             name: collection(keyed_jagged(per_request, self.features[name]))
             for name, collection in self.collections.items()
         }
+        bags = self.pooled.start(batch)
         found: dict[str, Tensor] = {}
         for result in started.values():
             tensors: dict[str, JaggedTensor] = result.wait() if isinstance(result, Awaitable) else result
             found.update({key: at_least_float32(jagged.values()) for key, jagged in tensors.items()})
         ids = batch.request_ids | batch.impression_ids
-        return {key: Jagged(values, ids[key].lengths) for key, values in found.items()}
+        per_id = {key: Jagged(values, ids[key].lengths) for key, values in found.items()}
+        return LookedUp(per_id, self.pooled.finish(bags, batch))
 
 
 def request_lists(batch: RequestBatch) -> dict[str, Jagged]:
@@ -95,16 +128,6 @@ def request_lists(batch: RequestBatch) -> dict[str, Jagged]:
     for name, ids in batch.impression_ids.items():
         lists[name] = Jagged(ids.values, sum_lengths(ids.lengths, batch.num_impressions))
     return lists
-
-
-def keyed_jagged(lists: dict[str, Jagged], names: list[str]) -> KeyedJaggedTensor:
-    """The named lists as TorchRec's input of stride B_RO."""
-    return KeyedJaggedTensor(
-        keys=names,
-        values=torch.cat([lists[name].values for name in names]),
-        lengths=torch.cat([lists[name].lengths for name in names]),
-        stride=lists[names[0]].lengths.numel(),
-    )
 
 
 def without_future_events(batch: RequestBatch, schema: Schema) -> RequestBatch:
@@ -128,19 +151,24 @@ def without_future_events(batch: RequestBatch, schema: Schema) -> RequestBatch:
     return replace(batch, request_ids=request_ids, sequence_dense=sequence_dense, sequence_time=sequence_time)
 
 
-def model_inputs(schema: Schema, batch: RequestBatch, embeddings: dict[str, Jagged]) -> ModelInputs:
-    """The batch with its looked-up ``embeddings`` as plain tensors; bags are pooled here."""
-    sequences = {}
+def model_inputs(schema: Schema, batch: RequestBatch, embeddings: LookedUp) -> ModelInputs:
+    """The batch with its looked-up ``embeddings`` as plain tensors; bags that are not pooled yet are pooled here."""
+    per_id, sequences = embeddings.per_id, {}
+
+    def pooled(feature: Feature) -> Tensor:
+        ready = embeddings.pooled.get(feature.name)
+        return pool(per_id[feature.name], feature) if ready is None else ready
+
     for feature in schema.sequences:
         keys = _id_keys(feature)
-        lengths = embeddings[keys[0]].lengths  # (B_RO,)
+        lengths = per_id[keys[0]].lengths  # (B_RO,)
         ages = None
         if feature.time:
             times = batch.sequence_time[feature.name]  # (T,) float64
             asked = torch.repeat_interleave(batch.request_time, lengths, output_size=times.numel())
             ages = (asked - times).float()  # (T,)
         sequences[feature.name] = SequenceInputs(
-            ids={c.column: embeddings[k].values for c, k in zip(feature.sequence_ids, keys, strict=True)},
+            ids={c.column: per_id[k].values for c, k in zip(feature.sequence_ids, keys, strict=True)},
             dense=batch.sequence_dense[feature.name],
             ages=ages,
             lengths=lengths,
@@ -149,9 +177,9 @@ def model_inputs(schema: Schema, batch: RequestBatch, embeddings: dict[str, Jagg
         num_impressions=batch.num_impressions,
         request_dense=batch.request_dense,
         impression_dense=batch.impression_dense,
-        request_ids={f.name: pool(embeddings[f.name], f) for f in schema.select("request", "ids")},
+        request_ids={f.name: pooled(f) for f in schema.select("request", "ids")},
         sequences=sequences,
-        impression_ids={f.name: pool(embeddings[f.name], f) for f in schema.select("impression", "ids")},
+        impression_ids={f.name: pooled(f) for f in schema.select("impression", "ids")},
         request_key=batch.request_key,
         impression_key=combine_keys(batch.request_key[batch.request_of_impression()], batch.impression_index),
         impression_real=(batch.weights > 0).any(dim=1),

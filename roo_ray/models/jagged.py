@@ -16,7 +16,11 @@ def segment_sum(values: Tensor, lengths: Tensor) -> Tensor:
 
 def segment_mean(values: Tensor, lengths: Tensor) -> Tensor:
     """Means of the segments: values (T, D), lengths (B,) int64 -> (B, D). An empty segment gives 0."""
-    sums = segment_sum(values, lengths)
+    return mean_of_sums(segment_sum(values, lengths), lengths)
+
+
+def mean_of_sums(sums: Tensor, lengths: Tensor) -> Tensor:
+    """Means of segments from their sums (B, D), lengths (B,) int64 -> (B, D). An empty segment gives 0."""
     return sums / lengths.clamp(min=1).unsqueeze(1).to(sums.dtype)
 
 

@@ -24,9 +24,11 @@ def combine_keys(keys: Tensor, more: Tensor | int) -> Tensor:
 
 
 def token_keys(request_key: Tensor, lengths: Tensor) -> Tensor:
-    """Keys of the events of a sequence, by request and place: request_key (B_RO,), lengths (B_RO,) -> (T,)."""
+    """Keys of the events of a sequence, by request and place: request_key (B_RO,), lengths (B_RO,) -> (T,).
+
+    Places count from -1 down: impressions count from 0 up, and an event must not draw what a candidate draws."""
     places = segment_positions(lengths)  # (T,)
-    return combine_keys(torch.repeat_interleave(request_key, lengths, output_size=places.numel()), places)
+    return combine_keys(torch.repeat_interleave(request_key, lengths, output_size=places.numel()), ~places)
 
 
 def uniform(run_key: int, keys: Tensor, columns: int) -> Tensor:

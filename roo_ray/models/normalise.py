@@ -3,8 +3,6 @@ over the impressions of the global batch, whatever the form of the batch and the
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -67,15 +65,14 @@ def make_norm(kind: str, width: int) -> nn.Module:
     return nn.Identity()
 
 
-def warn_of_plain_batch_norm(model: nn.Module) -> None:
-    """Warns where a team's own model holds BatchNorm with the statistics of one rank's rows: request-sorted
+def plain_batch_norms(model: nn.Module) -> list[str]:
+    """A line for each BatchNorm of a team's own model that has the statistics of one rank's rows: request-sorted
     batches skew them, user-side rows do not count their impressions, and a dummy request has a part in them."""
     plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-    for name, module in model.named_modules():
-        if isinstance(module, plain):
-            warnings.warn(
-                f"{name} is {type(module).__name__}: its statistics are skewed by request-sorted batches and see "
-                "the dummy request of a rank without data; take LayerNorm, RMSNorm or "
-                "roo_ray.models.normalise.GlobalBatchNorm",
-                stacklevel=2,
-            )
+    return [
+        f"the towers' module {name} is {type(module).__name__}: its statistics are skewed by request-sorted batches "
+        "and see the dummy request of a rank without data; take LayerNorm, RMSNorm or "
+        "roo_ray.models.normalise.GlobalBatchNorm"
+        for name, module in model.named_modules()
+        if isinstance(module, plain)
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import warnings
 from dataclasses import replace
 
 import torch
@@ -16,7 +17,7 @@ from roo_ray.models.architectures import ARCHITECTURES
 from roo_ray.models.contract import ModelInputs, RequestOnlyModel
 from roo_ray.models.embeddings import EmbeddingLookup, model_inputs, without_future_events
 from roo_ray.models.features import position_column
-from roo_ray.models.normalise import warn_of_plain_batch_norm
+from roo_ray.models.normalise import plain_batch_norms
 from roo_ray.models.precision import at_least_float32
 from roo_ray.models.stochastic_length import StochasticLength
 from roo_ray.schema import Schema
@@ -54,11 +55,13 @@ class RankingModel(nn.Module):
         super().__init__()
         self.schema, self.autocast = schema, autocast
         self.dense = make_towers(schema, settings)  # first: making tables on a real device draws random numbers
-        warn_of_plain_batch_norm(self.dense)
+        for line in plain_batch_norms(self.dense):
+            warnings.warn(line, stacklevel=2)
         self.shorten = StochasticLength(schema, settings.stochastic_length)
         self.position = position_column(schema, settings)
         self.position_value = _as_ingested(schema, settings)
-        self.sparse = EmbeddingLookup(schema, sparse_device, settings.embeddings.weights)
+        embeddings = settings.embeddings
+        self.sparse = EmbeddingLookup(schema, sparse_device, embeddings.weights, embeddings.pooled)
 
     def inputs(self, batch: RequestBatch) -> ModelInputs:
         """What the towers see of a batch: no event from the request's time on, in training histories of
@@ -83,7 +86,6 @@ class RankingModel(nn.Module):
 
 def _as_ingested(schema: Schema, settings: Model) -> float:
     """``position_value`` on the scale that the ingest puts the column on."""
-    for feature in schema.select("impression", "dense"):
-        if settings.position_feature in feature.columns and feature.scale == "log1p":
-            return math.log1p(max(settings.position_value, 0.0))
-    return settings.position_value
+    value, dense = settings.position_value, schema.select("impression", "dense")
+    scales = [feature.scale for feature in dense if settings.position_feature in feature.columns]
+    return math.log1p(max(value, 0.0)) if scales[:1] == ["log1p"] else value  # the first, as position_column has it

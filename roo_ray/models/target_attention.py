@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from roo_ray.models.attention_layout import even_cuts
 from roo_ray.models.precision import at_least_float32
 
 TARGETS_PER_ROW = 16
@@ -73,7 +73,7 @@ def target_layout(lengths: Tensor, num_impressions: Tensor, max_buckets: int | N
     order = torch.argsort(events, descending=True, stable=True)
     order = order[: int((events > 0).sum())]
     buckets = []
-    for start, stop in _splits(events[order] * counts[order], max_buckets):
+    for start, stop in even_cuts(events[order] * counts[order], max_buckets) if len(order) else []:
         rows = order[start:stop]
         event_at, event_slots = _places(first_event[rows], events[rows])
         target_at, target_slots = _places(first_target[rows], counts[rows])
@@ -81,17 +81,6 @@ def target_layout(lengths: Tensor, num_impressions: Tensor, max_buckets: int | N
         known = torch.arange(length, device=device) < events[rows].unsqueeze(1)
         buckets.append(TargetBucket(stop - start, length, count, event_at, event_slots, target_at, target_slots, known))
     return TargetLayout(tuple(buckets))
-
-
-def _splits(costs: Tensor, max_buckets: int) -> list[tuple[int, int]]:
-    """Row ranges of about equal cost."""
-    if costs.numel() == 0:
-        return []
-    summed = costs.double().cumsum(0)
-    targets = summed[-1] * torch.arange(1, max_buckets, device=costs.device) / max_buckets
-    cuts = torch.searchsorted(summed, targets).tolist()
-    edges = sorted({0, costs.numel(), *(cut for cut in cuts if cut < costs.numel())})
-    return list(pairwise(edges))
 
 
 def _places(first: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,6 +93,7 @@ def _places(first: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 def silu_target_attention(query: Tensor, memory: Tensor, bias: Tensor, layout: TargetLayout, heads: int) -> Tensor:
     """HSTU's pointwise attention: ``out_i = sum_j SiLU(q_i . k_j + bias_j) v_j`` over the request's events.
+    Products are of ``products_in``'s type, scores float32.
 
     query   (N, H * d) of the candidates. memory (T, 2 * H * d): keys, then values, of the events.
     bias    (T,) of the events. Result (N, H * d) float32; 0 for a request without history.
@@ -116,21 +106,28 @@ def softmax_target_attention(query: Tensor, memory: Tensor, layout: TargetLayout
     return _attend(query, memory, None, layout, heads, softmax=True)
 
 
+def products_in(device: torch.device, given: torch.dtype) -> torch.dtype:
+    """The type that products are computed in, of inputs of type ``given``: theirs on a GPU, where bfloat16 gets tensor
+    cores; at least float32 on CPU, which gains nothing below it."""
+    return torch.promote_types(given, torch.float32) if device.type == "cpu" else given
+
+
 def _attend(
     query: Tensor, memory: Tensor, bias: Tensor | None, layout: TargetLayout, heads: int, softmax: bool
 ) -> Tensor:
     width = query.shape[1]
     with torch.autocast(query.device.type, enabled=False):
-        query, memory = at_least_float32(query), at_least_float32(memory)
+        kind = products_in(query.device, torch.promote_types(query.dtype, memory.dtype))
+        query, memory = query.to(kind), memory.to(kind)
         if not layout.buckets:  # no history, yet every parameter must take part
-            return 0.0 * (query + memory.sum() + (0.0 if bias is None else bias.sum()))
-        out = query.new_zeros(query.shape)
+            return 0.0 * at_least_float32(query + memory.sum() + (0.0 if bias is None else bias.sum()))
+        out = at_least_float32(query.new_zeros(query.shape))
         for bucket in layout.buckets:
             rows, length, count = bucket.rows, bucket.length, bucket.count
             q = bucket.pad_targets(query).view(rows, count, heads, -1).transpose(1, 2)  # (R, H, N, d)
             padded = bucket.pad_events(memory).view(rows, length, 2, heads, -1)
             k, v = padded.permute(2, 0, 3, 1, 4)  # (R, H, L, d) each
-            scores = q @ k.transpose(2, 3)  # (R, H, N, L)
+            scores = at_least_float32(q @ k.transpose(2, 3))  # (R, H, N, L)
             if bias is not None:
                 scores = scores + bucket.pad_events(bias.unsqueeze(1)).view(rows, 1, 1, length)
             if softmax:
@@ -138,6 +135,6 @@ def _attend(
                 weights = torch.softmax(scores, dim=3)
             else:
                 weights = functional.silu(scores)  # an empty slot has a value of 0
-            mixed = (weights @ v).transpose(1, 2).reshape(rows * count, width)
-            out = out.index_add(0, bucket.targets, mixed.index_select(0, bucket.target_slots))
+            mixed = (weights.to(kind) @ v).transpose(1, 2).reshape(rows * count, width)
+            out = out.index_add(0, bucket.targets, at_least_float32(mixed.index_select(0, bucket.target_slots)))
         return out

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = 64
+from roo_ray.models.triton_blocks import padded_depth
 
 
 @triton.jit
@@ -210,7 +210,7 @@ def _launch(
     timed = time is not None and ages is not None
     last_bucket = time.numel() - 1 if time is not None else 0
     sizes = (ctx.heads, depth, position.numel(), last_bucket, ctx.normaliser)
-    return grid, sizes, {"TIMED": timed, "M": ctx.block, "D": max(16, triton.next_power_of_2(depth))}
+    return grid, sizes, {"TIMED": timed, "M": ctx.block, "D": padded_depth(depth)}
 
 
 def triton_attention(
@@ -222,11 +222,11 @@ def triton_attention(
     normaliser: int,
     position: Tensor,
     time: Tensor | None,
-    block: int = BLOCK,
+    block: int,
 ) -> Tensor:
     """As ``attention.attention``, of sequences of ``lengths`` (B,) int64, the longest ``longest``, with ``ages``
-    (T,) float32 or None. Products are of ``qkv``'s type, so that bfloat16 gets tensor cores; sums are float32.
-    Differentiable once."""
+    (T,) float32 or None; ``block``: see ``triton_blocks.block_size``. Products are of ``qkv``'s type, so that bfloat16
+    gets tensor cores; sums are float32. Differentiable once."""
     apply: Any = _JaggedAttention.apply
     out: Tensor = apply(qkv, position, time, lengths, ages, longest, heads, normaliser, block)
     return out

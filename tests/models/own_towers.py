@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from roo_ray.config import Model
@@ -39,3 +42,43 @@ class WithBatchNorm(OwnTowers):
     def __init__(self, schema: Schema, settings: Model) -> None:
         super().__init__(schema, settings)
         self.norm = nn.BatchNorm1d(settings.user_dim)
+
+
+class WithTables(OwnTowers):
+    """Tables of their own, under names that the sharded ones have, too."""
+
+    def __init__(self, schema: Schema, settings: Model) -> None:
+        super().__init__(schema, settings)
+        self.embeddings = nn.ModuleDict({table: nn.Embedding(1, len(schema.labels)) for table in schema.tables})
+
+    def impression_side(self, user: UserState, inputs: ModelInputs) -> Tensor:
+        """With a term that is the same for all impressions."""
+        bias = torch.stack([table.weight[0] for table in self.embeddings.values()]).sum(0)  # (K,)
+        return super().impression_side(user, inputs) + bias
+
+
+class LookingTowers(OwnTowers):
+    """They look at a value while they are made, which tensors without memory do not have."""
+
+    def __init__(self, schema: Schema, settings: Model) -> None:
+        super().__init__(schema, settings)
+        self.steps = torch.linspace(0, 1, 3).tolist()
+
+
+class BrokenTowers(OwnTowers):
+    """Their author's mistake."""
+
+    def __init__(self, schema: Schema, settings: Model) -> None:
+        super().__init__(schema, settings)
+        self.wide = nn.Linear(settings.dim, settings.width)  # type: ignore[attr-defined]
+
+
+class SlowTowers(OwnTowers):
+    """A worker takes long to make them."""
+
+    seconds = 48.0
+
+    def __init__(self, schema: Schema, settings: Model) -> None:
+        super().__init__(schema, settings)
+        if dist.is_initialized():
+            time.sleep(self.seconds)

@@ -1,5 +1,10 @@
 """HSTU attention: the reference against a double loop, the bucketed path against the reference."""
 
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,12 +15,14 @@ from roo_ray.models import attention, attention_layout, bucketed_attention
 HEADS, WIDTH, REACH, NORMALISER = 2, 6, 9, 12
 
 
-def case(lengths: list[int], seed: int, timed: bool) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+def case(
+    lengths: list[int], seed: int, timed: bool, width: int = WIDTH
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """([qkv, position, time?] that require grad, lengths, ages)."""
     generator = torch.Generator().manual_seed(seed)
     total = sum(lengths)
     inputs = [
-        torch.randn(total, 3 * WIDTH, generator=generator),
+        torch.randn(total, 3 * width, generator=generator),
         torch.randn(REACH, generator=generator),
         *([torch.randn(attention_layout.TIME_BUCKETS, generator=generator)] if timed else []),
     ]
@@ -154,3 +161,51 @@ def test_a_broken_sequence_breaks_no_other(lengths: list[int], buckets: int) -> 
         gradients.append(torch.autograd.grad(found[lengths[0] :].sum(), qkv)[0][lengths[0] :])
     torch.testing.assert_close(out[0], out[1], rtol=0, atol=0)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+
+
+def on_meta(layout: attention_layout.Layout) -> attention_layout.Layout:
+    """For tokens on the meta device, which takes a GPU's way."""
+    moved = [replace(part, tokens=part.tokens.to("meta"), slots=part.slots.to("meta")) for part in layout.buckets]
+    return replace(layout, buckets=tuple(moved))
+
+
+def asked_anew() -> Iterator[None]:
+    """What was found out and warned of in this process is so again, before and after."""
+    for asked in (attention._has_triton, attention._warn_once):
+        asked.cache_clear()
+    yield
+    for asked in (attention._has_triton, attention._warn_once):
+        asked.cache_clear()
+
+
+anew = pytest.fixture(asked_anew)
+
+
+def test_triton_without_a_c_compiler_is_left_for_the_reference(
+    anew: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton would raise at the first step."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton/__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    (qkv, position), of, _ = case([3, 1, 4], 0, False)
+    layout = on_meta(attention_layout.layout(of, None, 1))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            out = attention.attention(qkv.to("meta"), layout, HEADS, NORMALISER, position.to("meta"), None)
+            assert out.shape == (8, WIDTH)
+    (warning,) = warned
+    assert "attention is the padded reference" in str(warning.message)
+    assert "no C compiler" in str(warning.message)
+    for name, found in (("gcc", None), ("cc", "no C compiler")):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).touch()
+        (tmp_path / "bin" / name).chmod(0o755)
+        problem = attention.kernel_problem()
+        assert (problem is None) if found is None else found in str(problem)
+        (tmp_path / "bin" / name).unlink()
+    monkeypatch.setenv("CC", "no-such-compiler -O2")
+    assert "CC=no-such-compiler" in str(attention.kernel_problem())

@@ -47,6 +47,19 @@ def test_long_histories_and_large_requests_cost_what_is_counted(kind: str) -> No
         assert abs(predicted / counter.get_total_flops() - 1) < 0.1, (t, n)
 
 
+def test_long_histories_are_predicted_best_where_they_cost_most() -> None:
+    """As docs/models.md says of the architecture whose figures are the worst."""
+    long = parse_schema(ONE_SEQUENCE.to_yaml().replace("max_length: 12", "max_length: 1000"))
+    settings = Model(kind="two_tower", dim=64, layers=2, heads=2, user_dim=64)
+    cost, towers = cost_coefficients(long, settings), make_towers(long, settings).eval()
+    for t, most in ((10, 0.12), (20, 0.12), (250, 0.0105), (375, 0.0105), (1000, 0.0105)):
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter:
+            towers(example_inputs(long, {"history": t}, 10))
+        predicted = cost["1"] + cost["t"] * t + cost["t2"] * t * t + cost["n"] * 10 + cost["nt"] * 10 * t
+        assert abs(predicted / counter.get_total_flops() - 1) < most, t
+
+
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_terms_say_where_the_work_is(kind: str) -> None:
     state = torch.random.get_rng_state()

@@ -28,8 +28,9 @@ def test_lookup_and_pooling(num_impressions: list[int], seed: int) -> None:
     found = lookup(batch)
     ids = batch.request_ids | batch.impression_ids
     for key, table in request_id_keys(SCHEMA) + impression_id_keys(SCHEMA):
-        assert torch.equal(found[key].values, weights[table][ids[key].values]), key
-        assert torch.equal(found[key].lengths, ids[key].lengths), key
+        assert torch.equal(found.per_id[key].values, weights[table][ids[key].values]), key
+        assert torch.equal(found.per_id[key].lengths, ids[key].lengths), key
+    assert not found.pooled
     inputs = model_inputs(SCHEMA, batch, found)
     for name, mean, pooled in (
         ("words", False, inputs.impression_ids["words"]),
@@ -38,7 +39,7 @@ def test_lookup_and_pooling(num_impressions: list[int], seed: int) -> None:
     ):
         start = 0
         for row, length in enumerate(ids[name].lengths.tolist()):
-            bag = found[name].values[start : start + length]
+            bag = found.per_id[name].values[start : start + length]
             expected = bag.sum(0) / (max(length, 1) if mean else 1)
             torch.testing.assert_close(pooled[row], expected)
             start += length

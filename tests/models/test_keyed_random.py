@@ -10,6 +10,7 @@ from roo_ray.models.keyed_random import KeyedDropout, combine_keys, token_keys, 
 from roo_ray.models.stochastic_length import StochasticLength
 from roo_ray.schema import parse_schema
 from tests.models.batches import random_batch, schema
+from tests.models.test_parity import build
 
 SCHEMA = schema()
 
@@ -32,6 +33,23 @@ def test_dropout_keeps_the_mean_and_its_rows_mask() -> None:
     assert torch.equal(dropout(torch.ones(2, 8), keys[[7, 3]]), out[[7, 3]])
     assert not torch.equal(KeyedDropout(0.25, "there")(torch.ones(2000, 8), keys), out)
     assert torch.equal(dropout.eval()(out, keys), out)
+
+
+def test_candidates_and_events_of_a_request_have_masks_of_their_own() -> None:
+    """They go through the same layers, with the same dropout modules, in ``hstu_targets``."""
+    model = build(kind="hstu_targets", dropout=0.5)
+    drawn: dict[str, list[torch.Tensor]] = {}
+    for name, module in model.dense.named_modules():
+        if isinstance(module, KeyedDropout) and "stacks.history" in name:
+            module.register_forward_pre_hook(lambda _, args, name=name: drawn.setdefault(name, []).append(args[1]))
+    model(random_batch(SCHEMA, [8] * 200, 0, history_lengths=[8] * 200))
+    assert len(drawn) == 2
+    for events, candidates in drawn.values():
+        assert len(events) == len(candidates) == 1600
+        assert len(torch.cat([events, candidates]).unique()) == 3200
+        masks = [uniform(7, keys, 8).flatten() >= 0.5 for keys in (events, candidates)]
+        agree = float((masks[0] == masks[1]).float().mean())
+        assert abs(agree - 0.5) < 0.02  # of event j and candidate j
 
 
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=6), st.integers(0, 1000))

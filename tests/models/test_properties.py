@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from roo_ray.errors import ConfigError
 from roo_ray.ingest.batch import Jagged, RequestBatch
+from roo_ray.ingest.columns import dense_of
 from roo_ray.models.architectures import ARCHITECTURES
 from roo_ray.models.embeddings import model_inputs, without_future_events
 from roo_ray.models.ranking import RankingModel
@@ -19,6 +21,9 @@ from tests.models.test_parity import build
 
 SCHEMA = schema()
 MODELS = {kind: build(kind=kind).eval() for kind in ARCHITECTURES}
+# with random choices, which are keyed: they go with a request or an impression to its new place
+TRAINING = {kind: build(kind=kind, dropout=0.3, stochastic_length=1.2) for kind in ARCHITECTURES}
+both_modes = pytest.mark.parametrize("models", [MODELS, TRAINING], ids=["evaluation", "training"])
 every_kind = pytest.mark.parametrize("kind", ARCHITECTURES)
 batches = st.builds(
     random_batch,
@@ -27,7 +32,7 @@ batches = st.builds(
     st.integers(0, 1000),
     empty_history=st.sampled_from([0.0, 0.3]),
 )
-few = settings(max_examples=5, deadline=None)
+some = settings(max_examples=15, deadline=None)
 
 
 def logits(batch: RequestBatch, model: str | RankingModel) -> torch.Tensor:
@@ -42,45 +47,51 @@ def user_state(batch: RequestBatch, kind: str) -> dict[str, torch.Tensor]:
     return state.vectors | state.tokens
 
 
-def gradient_of_candidates(batch: RequestBatch, kind: str, weights: torch.Tensor) -> torch.Tensor:
-    """(B_NRO, D_n) gradient of the weighted sum of logits, weights (B_NRO,), in the candidates' dense features."""
-    dense = batch.impression_dense.clone().requires_grad_()
-    out = MODELS[kind](replace(batch, impression_dense=dense))
-    (gradient,) = torch.autograd.grad((out * weights.unsqueeze(1)).sum(), [dense])
-    return gradient
+def gradient_of_candidates(batch: RequestBatch, model: RankingModel, weights: torch.Tensor) -> torch.Tensor:
+    """(B_NRO, D) gradient of the weighted sum of logits, weights (B_NRO,), in the candidates' dense features and
+    embeddings (bags pooled)."""
+    inputs = model.inputs(batch)
+    leaf = {name: pooled.detach().requires_grad_() for name, pooled in inputs.impression_ids.items()}
+    dense = inputs.impression_dense.clone().requires_grad_()
+    out = model.dense(replace(inputs, impression_dense=dense, impression_ids=leaf))
+    assert leaf
+    return torch.cat(torch.autograd.grad((out * weights.unsqueeze(1)).sum(), [dense, *leaf.values()]), dim=1)
 
 
 @every_kind
-@few
-@given(batches, st.randoms(use_true_random=False))
-def test_swapping_candidates_swaps_logits_and_gradients(kind: str, batch: RequestBatch, random: object) -> None:
-    order, start = [], 0
+@both_modes
+@some
+@given(batch=batches, random=st.randoms(use_true_random=False))
+def test_swapping_candidates_swaps_logits_and_gradients(
+    kind: str, models: dict[str, RankingModel], batch: RequestBatch, random: object
+) -> None:
+    model, order, start = models[kind], list[int](), 0
     for count in batch.num_impressions.tolist():
         within = list(range(start, start + count))
         random.shuffle(within)  # type: ignore[attr-defined]
         order += within
         start += count
     shuffled = take_impressions(batch, torch.tensor(order))
-    torch.testing.assert_close(logits(shuffled, kind), logits(batch, kind)[order], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits(shuffled, model), logits(batch, model)[order], rtol=1e-5, atol=1e-6)
     weights = torch.rand(len(order))
-    expected = gradient_of_candidates(batch, kind, weights)[order]
-    torch.testing.assert_close(gradient_of_candidates(shuffled, kind, weights[order]), expected, rtol=1e-4, atol=1e-6)
+    expected = gradient_of_candidates(batch, model, weights)[order]
+    torch.testing.assert_close(gradient_of_candidates(shuffled, model, weights[order]), expected, rtol=1e-4, atol=1e-6)
 
 
 @every_kind
-@few
+@some
 @given(batches, st.integers(0, 30))
 def test_a_candidate_sees_no_other_candidate(kind: str, batch: RequestBatch, which: int) -> None:
     which %= batch.total_impressions
     only = torch.zeros(batch.total_impressions)
     only[which] = 1.0
-    seen = gradient_of_candidates(batch, kind, only).abs().sum(1)
+    seen = gradient_of_candidates(batch, MODELS[kind], only).abs().sum(1)
     assert seen[which] > 0
     assert seen[only == 0].sum() == 0
 
 
 @every_kind
-@few
+@some
 @given(batches)
 def test_user_side_does_not_see_candidates(kind: str, batch: RequestBatch) -> None:
     other = random_batch(SCHEMA, batch.num_impressions.tolist(), 12345)
@@ -92,18 +103,27 @@ def test_user_side_does_not_see_candidates(kind: str, batch: RequestBatch) -> No
 
 
 @every_kind
-@few
-@given(batches, st.randoms(use_true_random=False))
-def test_permuting_requests_permutes_logits(kind: str, batch: RequestBatch, random: object) -> None:
+@both_modes
+@some
+@given(batch=batches, random=st.randoms(use_true_random=False))
+def test_permuting_requests_permutes_logits(
+    kind: str, models: dict[str, RankingModel], batch: RequestBatch, random: object
+) -> None:
     rows = list(range(batch.num_requests))
     random.shuffle(rows)  # type: ignore[attr-defined]
-    parts = logits(batch, kind).split(batch.num_impressions.tolist())
+    parts = logits(batch, models[kind]).split(batch.num_impressions.tolist())
     expected = torch.cat([parts[row] for row in rows])
-    torch.testing.assert_close(logits(take_requests(batch, rows), kind), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits(take_requests(batch, rows), models[kind]), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_random_choices_are_made_in_training() -> None:
+    batch = random_batch(SCHEMA, [3, 2, 4], 5, empty_history=0.0)
+    for kind, model in TRAINING.items():
+        assert not torch.allclose(logits(batch, model), logits(batch, kind)), kind
 
 
 @every_kind
-@few
+@some
 @given(batches)
 def test_one_request_alone_gives_what_it_gives_in_a_batch(kind: str, batch: RequestBatch) -> None:
     alone = [logits(take_requests(batch, [row]), kind) for row in range(batch.num_requests)]
@@ -144,7 +164,7 @@ def with_event(batch: RequestBatch, request: int, place: int, seconds_after: flo
 
 
 @every_kind
-@few
+@some
 @given(batches, st.integers(0, 4), st.integers(0, 12), st.sampled_from([0.0, 1.0, 3600.0]))
 def test_future_event_changes_nothing(kind: str, batch: RequestBatch, request: int, place: int, after: float) -> None:
     injected = with_event(batch, request % batch.num_requests, place, after)
@@ -190,6 +210,47 @@ def test_position_is_fixed_for_serving_and_seen_by_nothing_else(kind: str) -> No
         position = (model.dense.top if hasattr(model.dense, "top") else model.dense).position
         without = [position(torch.zeros(5, 2), model.train().inputs(b)) for b in (moved, batch)]
     torch.testing.assert_close(shift, without[0] - without[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [3.0, -2.0])
+@pytest.mark.parametrize(("scale", "other"), [("log1p", None), ("log1p", "none"), ("none", "log1p")])
+def test_a_fixed_position_is_on_the_scale_that_its_column_is_read_on(
+    value: float, scale: str, other: str | None
+) -> None:
+    """``other``: the scale on which a later feature reads the column too, as an ordinary feature."""
+    line = "{name: price, level: impression, kind: dense, columns: [price, distance, freshness]"
+    assert line in YAML
+    text = YAML.replace(line, f"{line}, scale: {scale}")
+    if other is not None:
+        again = f"  - {{name: again, level: impression, kind: dense, columns: distance, scale: {other}}}\n"
+        text = text.replace("labels:", f"{again}labels:")
+    of = parse_schema(text)
+    ingested = dense_of(pa.array([value]), "distance", str, None, scale)
+    model = build(of, position_feature="distance", position_value=value)
+    batch = random_batch(of, [2, 3], 5)
+    fixed = batch.impression_dense.clone()
+    fixed[:, 1] = float(ingested[0])
+    torch.testing.assert_close(model.eval().inputs(batch).impression_dense, fixed)
+    at_value = logits(replace(batch, impression_dense=fixed), model.train())
+    torch.testing.assert_close(at_value, logits(batch, model.eval()))
+
+
+def test_position_is_kept_out_of_retrieval_which_has_no_term_for_it() -> None:
+    batch = random_batch(SCHEMA, [2, 3], 5)
+    moved = replace(batch, impression_dense=batch.impression_dense + torch.tensor([0.0, 3.0, 0.0]))
+    model = build(kind="retrieval", position_feature="distance").train()
+    assert torch.equal(model(moved), model(batch))
+    seeing = build(kind="retrieval").train()
+    assert not torch.allclose(seeing(moved), seeing(batch))
+
+
+def test_own_towers_are_given_the_position_in_training_and_its_value_later() -> None:
+    batch = random_batch(SCHEMA, [2, 3], 5)
+    model = build(towers="tests.models.own_towers:OwnTowers", position_feature="distance", position_value=2.0)
+    assert torch.equal(model.train().inputs(batch).impression_dense, batch.impression_dense)
+    assert model.eval().inputs(batch).impression_dense[:, 1].tolist() == [2.0] * 5
+    moved = replace(batch, impression_dense=batch.impression_dense + torch.tensor([0.0, 3.0, 0.0]))
+    assert torch.equal(logits(moved, model.train()), logits(batch, model.train()))  # CandidateFeatures leaves it out
 
 
 def test_position_feature_must_be_a_column() -> None:

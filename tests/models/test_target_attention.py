@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,6 +57,30 @@ def test_equals_loop(shapes: list[tuple[int, int]], seed: int, softmax: bool, bu
         expected = torch.autograd.grad((reference * weight).sum(), inputs)
         for one, other in zip(gradients, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_under_autocast_products_are_of_half_precision_on_a_gpu(softmax: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU computes it, here: within bfloat16's rounding of the same inputs in float32, and summed in float32."""
+    assert target_attention.products_in(torch.device("cuda"), torch.bfloat16) == torch.bfloat16
+    assert target_attention.products_in(torch.device("cpu"), torch.bfloat16) == torch.float32
+    assert target_attention.products_in(torch.device("cpu"), torch.float64) == torch.float64
+    generator = torch.Generator().manual_seed(0)
+    lengths, counts = torch.tensor([9, 0, 4]), torch.tensor([3, 2, 17])
+    half = [torch.randn(rows, width, generator=generator).bfloat16() for rows, width in ((22, WIDTH), (13, 2 * WIDTH))]
+    bias, layout = torch.randn(13, generator=generator), target_layout(lengths, counts, 1)
+    results = []
+    for kind in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(target_attention, "products_in", lambda device, given, kind=kind: kind)
+        query, memory = (x.clone().requires_grad_() for x in half)
+        if softmax:
+            out = softmax_target_attention(query, memory, layout, HEADS)
+        else:
+            out = silu_target_attention(query, memory, bias, layout, HEADS)
+        assert out.dtype == torch.float32
+        results.append((out, *torch.autograd.grad(out.square().sum(), [query, memory])))
+    for exact, ours in zip(*results, strict=True):
+        assert 0 < float((ours.float() - exact.float()).norm()) < 0.03 * float(exact.float().norm())
 
 
 @given(requests, st.integers(1, 8))

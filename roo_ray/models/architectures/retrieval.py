@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -59,6 +61,13 @@ class RetrievalTowers(RequestOnlyModel):
         ``items``, not of the table."""
         counts = self.item_counts.index_select(0, items).double()
         return torch.log(counts.clamp(min=1) / self.items_seen.clamp(min=1)).float()
+
+    def item_fingerprint(self) -> str:
+        """A hash of the item tower's weights: it tells the vectors of one model from those of another."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.item_tower.state_dict().items()):
+            digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def scores(self, pairs: Tensor) -> Tensor:
         """(B_NRO, 2 D) -> (B_NRO,): cosine over temperature."""
