@@ -1,5 +1,6 @@
 """GAUC: the AUC within each group, averaged with the number of its known impressions as weight (Zhu et al.,
-KDD 2017, there by user). Groups are the requests of a batch, or, in evaluation, users gathered to one rank.
+KDD 2017, there by user). Groups are the requests of a batch, or, in evaluation, users gathered to one rank
+(a request of a null user is a user of its own).
 
 A group whose known labels are all equal has no AUC: it is skipped and counted. A group without any known
 impression (a dummy, an empty request) is neither used nor counted. A group must lie within one call: two

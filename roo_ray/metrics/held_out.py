@@ -126,6 +126,9 @@ class HeldOutScores:
             )
         filesystem, base = open_filesystem(folder)
         filesystem.create_dir(base, recursive=True)
+        if rank == 0 and filesystem.get_file_info(f"{base}/{SCORES_FILE}").is_file:
+            filesystem.delete_file(f"{base}/{SCORES_FILE}")  # it would complete what is half written over the old
+        int(summed(torch.zeros(1, device=wire_device(group)), group))  # no rank writes before
         request, user, index, logits, labels, known = (column.numpy() for column in self.columns())
         table = {"request_key": request, "user_key": user, "impression_index": index}
         for k, task in enumerate(self.tasks):

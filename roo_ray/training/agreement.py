@@ -69,10 +69,10 @@ def lanes_alive(lanes: int, device: torch.device) -> int:
     return agree_to_go_on(lanes, Flags(), device)[0]
 
 
-def agree_to_go_on(lanes: int, flags: Flags, device: torch.device) -> tuple[int, bool, bool]:
-    """Over all ranks, of a step without an update (collective): the lanes that have data for it, and whether some
-    rank was evicted, and whether the job is to end."""
-    total = torch.tensor([lanes, flags.evicted, flags.stop], device=device)
+def agree_to_go_on(lanes: int, flags: Flags, device: torch.device) -> tuple[int, Flags]:
+    """Over all ranks, of a step without an update (collective): the lanes that have data for it, and of
+    ``not_finite`` (in the step before), ``evicted`` and ``stop`` whether some rank says so."""
+    total = torch.tensor([lanes, flags.not_finite, flags.evicted, flags.stop], device=device)
     dist.all_reduce(total)
-    alive, evicted, stop = total.tolist()
-    return int(alive), evicted > 0, stop > 0
+    alive, not_finite, evicted, stop = total.tolist()
+    return int(alive), Flags(not_finite > 0, evicted > 0, stop > 0)

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.distributed as dist
 
-from roo_ray.config import Config
+from roo_ray.config import Config, Training
 from roo_ray.models.ranking import RankingModel
 from roo_ray.training.job import WorkerJob
 from roo_ray.training.sharding import ShardedModel, shard
 
 
+def choose_algorithms(settings: Training) -> None:
+    """Allows this process deterministic algorithms alone where ``settings.deterministic``. Before CUDA starts: cuBLAS
+    reads then how it may share its workspace, and without ":4096:8" (or ":16:8") torch refuses its products."""
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(settings.deterministic)
+
+
 def build_model(config: Config, job: WorkerJob, device: torch.device) -> ShardedModel:
     """The sharded model with its initial weights, a function of the seed alone."""
-    torch.use_deterministic_algorithms(config.training.deterministic)
     torch.manual_seed(config.training.seed)
     autocast = config.training.autocast == "bf16"
     model = RankingModel(config.request_schema, config.model, torch.device("meta"), autocast)
@@ -23,6 +32,7 @@ def build_model(config: Config, job: WorkerJob, device: torch.device) -> Sharded
         config.training,
         device,
         batch_requests=max(1, round(job.requests_per_step / dist.get_world_size())),
-        ids_per_request=job.ids_per_request,
+        batch_impressions=max(1, round(job.impressions_per_step / dist.get_world_size())),
+        ids_per_request=job.ids.per_request,
         embeddings=config.model.embeddings,
     )

@@ -13,26 +13,40 @@ from __future__ import annotations
 import json
 import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import pyarrow.fs as pafs
 import ray.train
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from pydantic import Field
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    StorageMeta,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from roo_ray.config import Model
 from roo_ray.errors import DataError
+from roo_ray.models.pooled import unpooled_name
+from roo_ray.redact import redact_text
 from roo_ray.schema import Schema, Strict, parse_schema
-from roo_ray.storage import open_filesystem
+from roo_ray.storage import join_path, open_filesystem
 from roo_ray.training.packing import PACKED, Index, ShapeError, pack, unpack, unpacked
 from roo_ray.training.sharding import ShardedModel
 
 STATE_FILE = "state.json"
+METADATA_FILE = ".metadata"  # as torch calls it
 
 # What torch's own writer puts into ``.metadata`` (torch 2.11 to 2.13), and no more.
 _ALLOWED = {
@@ -63,9 +77,9 @@ class RunState(Strict):
     (``ingest.plan.Position``). ``trained``: of that epoch so far, or of the last whole one: requests, impressions and
     the sum of the request keys modulo 2^64, which tells whether two runs saw the same requests; and what was left out.
     ``metrics``: the last held-out metrics. ``skipped``: batches left out so far because their loss was not finite
-    (``training.on_nan``). ``seconds``: in training steps so far (``training.max_seconds``). ``packed``: what lies in
-    the checkpoint's large tensors (``packing``). ``files``: the other files of the checkpoint, with their bytes; empty
-    where not known."""
+    (``training.on_nan``). ``seconds``: in training steps so far (``training.max_seconds``). ``totals``: of the windows
+    logged so far (``window.TOTALS``); empty where not known. ``packed``: what lies in the checkpoint's large tensors
+    (``packing``). ``files``: the other files of the checkpoint, with their bytes; empty where not known."""
 
     epoch: int
     step: int
@@ -80,6 +94,7 @@ class RunState(Strict):
     metrics: dict[str, float | None] = Field(default_factory=dict)
     skipped: int = 0
     seconds: float = 0.0
+    totals: dict[str, float] = Field(default_factory=dict)
     packed: Index = Field(default_factory=dict)
     files: dict[str, int] = Field(default_factory=dict)
 
@@ -114,21 +129,52 @@ _TORCH_DTYPES = {
 }
 
 
+def _unpickled(file: IO[bytes], folder: str) -> Metadata:
+    metadata = _MetadataUnpickler(file).load()
+    if not isinstance(metadata, Metadata):
+        raise DataError(f"{folder}/.metadata is not a checkpoint's metadata")
+    return metadata
+
+
+@contextmanager
+def _damage_named(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{folder} is not a complete checkpoint: it has no .metadata") from None
+    except Exception as error:  # damaged bytes can make an unpickler, and what it has built, raise anything
+        raise DataError(f"{folder}/.metadata is damaged: {type(error).__name__}: {error}") from None
+
+
+def model_bytes(checkpoint: str) -> int:
+    """Bytes of the whole model in a checkpoint at a path or URI, without its optimizer's state; of the checkpoint's
+    files ``.metadata`` alone is read. Raises DataError where it is missing or damaged."""
+    filesystem, base = open_filesystem(checkpoint)
+    shown = redact_text(checkpoint)
+    with _damage_named(shown):
+        with filesystem.open_input_stream(f"{base}/.metadata") as stream:
+            metadata = _unpickled(BytesIO(bytes(stream.read())), shown)
+        return sum(
+            item.size.numel() * item.properties.dtype.itemsize
+            for name, item in metadata.state_dict_metadata.items()
+            if name.startswith(("model.", f"{PACKED}.model.")) and isinstance(item, TensorStorageMetadata)
+        )
+
+
 class SafeReader(FileSystemReader):
     """Reads a checkpoint folder; refuses anything but tensors. Raises DataError for a damaged folder."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The metadata, by an unpickler that builds torch's metadata classes alone."""
         folder = Path(self.path)
-        try:
-            with (folder / ".metadata").open("rb") as file:
-                metadata = _MetadataUnpickler(file).load()
-        except FileNotFoundError:
-            raise DataError(f"{folder} is not a complete checkpoint: it has no .metadata") from None
-        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError) as error:
-            raise DataError(f"{folder}/.metadata is damaged: {error}") from None
-        if not isinstance(metadata, Metadata):
-            raise DataError(f"{folder}/.metadata is not a checkpoint's metadata")
+        with _damage_named(str(folder)):
+            return self._read(folder)
+
+    def _read(self, folder: Path) -> Metadata:
+        with (folder / METADATA_FILE).open("rb") as file:
+            metadata = _unpickled(file, str(folder))
         code = [key for key, item in metadata.state_dict_metadata.items() if isinstance(item, BytesStorageMetadata)]
         if code:
             raise DataError(f"{folder} stores objects other than tensors ({code[0]}); it is not loaded")
@@ -143,20 +189,55 @@ class SafeReader(FileSystemReader):
 
 
 def tensors_of(model: ShardedModel) -> dict[str, Any]:
-    """The tensors of model and optimizers, nested, keyed by parameter names (no world size in them)."""
+    """The tensors of model and optimizers, nested, as they are called in checkpoints."""
+    return as_stored(own_tensors(model))
+
+
+def own_tensors(model: ShardedModel) -> dict[str, Any]:
+    """The same, as the model calls them, keyed by parameter names (no world size in them)."""
     return {"model": dict(model.module.state_dict()), "optimizer": dict(model.optimizer.state_dict()["state"])}
 
 
-def write_tensors(folder: Path, tensors: dict[str, Any], group: dist.ProcessGroup | None, durable: bool) -> None:
+def as_stored(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested tensors of a model as they are called in checkpoints, where a table has the same name pooled or not."""
+    return {
+        unpooled_name(name): as_stored(value) if isinstance(value, Mapping) else value
+        for name, value in tensors.items()
+    }
+
+
+class NotingWriter(FileSystemWriter):
+    """torch's writer, which notes in ``names`` the files that it has written on this rank."""
+
+    def __init__(self, folder: Path, durable: bool) -> None:
+        super().__init__(folder, sync_files=durable)
+        self.names: set[str] = set()
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """This rank's tensors."""
+        written = super().write_data(plan, planner)
+        self.names |= {result.storage_data.relative_path for result in written.wait()}
+        return written
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """The metadata, on the first rank."""
+        super().finish(metadata, results)
+        self.names.add(METADATA_FILE)
+
+
+def write_tensors(
+    folder: Path, tensors: dict[str, Any], group: dist.ProcessGroup | None, durable: bool
+) -> dict[str, int]:
     """Writes this rank's part of ``tensors`` into ``folder``, ``.metadata`` on rank 0 (collective over ``group``).
-    ``durable``: on the disk, not in its cache, when this returns. Raises OSError on all ranks where a rank's disk
-    did not take it."""
-    writer = FileSystemWriter(folder, sync_files=durable)
+    ``durable``: on the disk, not in its cache, when this returns. Returns the files that this rank has written, with
+    their bytes. Raises OSError on all ranks where a rank's disk did not take it."""
+    writer = NotingWriter(folder, durable)
     try:
         dcp.save(tensors, storage_writer=writer, process_group=group)
     except dcp.api.CheckpointException as error:  # a BaseException: it would pass every `except Exception`
         causes = [failure[0] for failure in error.failures.values()]
         raise OSError(f"{causes[0]}") from None
+    return {name: (folder / name).stat().st_size for name in sorted(writer.names)}
 
 
 def save(folder: str | Path, model: ShardedModel, state: RunState, rank: int) -> None:
@@ -176,24 +257,27 @@ def state_json(state: RunState, files: dict[str, int]) -> str:
     return json.dumps(state.model_copy(update={"files": files}).model_dump(mode="json"), indent=1)
 
 
-def read_state(folder: str | Path) -> RunState:
-    """The run state in a checkpoint folder. Raises DataError where it is missing or not valid, and where a file that
-    it lists is missing or has another size."""
-    path = Path(folder) / STATE_FILE
+def read_state(folder: str | Path, filesystem: pafs.FileSystem | None = None) -> RunState:
+    """The run state in a checkpoint folder, at a path or URI, or at a path of ``filesystem``; no other file of it is
+    read. Raises DataError where it is missing or not valid, and where a file that it lists is missing or has another
+    size."""
+    base, shown = str(folder), redact_text(str(folder))
+    if filesystem is None:
+        filesystem, base = open_filesystem(base)
     try:
-        state = RunState.model_validate_json(path.read_text())
+        with filesystem.open_input_stream(f"{base}/{STATE_FILE}") as stream:
+            state = RunState.model_validate_json(bytes(stream.read()))
     except FileNotFoundError:
-        raise DataError(f"{folder} is not a complete checkpoint: it has no {STATE_FILE}") from None
+        raise DataError(f"{shown} is not a complete checkpoint: it has no {STATE_FILE}") from None
     except ValueError as error:
-        raise DataError(f"{path} is not valid: {error}") from None
-    for name, size in state.files.items():
-        file = path.parent / name
-        if not file.is_file():
-            raise DataError(f"{folder} is not a complete checkpoint: {name} is missing")
-        if file.stat().st_size != size:
+        raise DataError(f"{join_path(shown, STATE_FILE)} is not valid: {error}") from None
+    found = filesystem.get_file_info([f"{base}/{name}" for name in state.files])
+    for (name, size), file in zip(state.files.items(), found, strict=True):
+        if not file.is_file:
+            raise DataError(f"{shown} is not a complete checkpoint: {name} is missing")
+        if file.size != size:
             raise DataError(
-                f"{folder} is not a complete checkpoint: {name} has {file.stat().st_size:,} bytes, and {size:,} were "
-                "written"
+                f"{shown} is not a complete checkpoint: {name} has {file.size:,} bytes, and {size:,} were written"
             )
     return state
 
@@ -209,18 +293,29 @@ def load(folder: str | Path, model: ShardedModel, run: dict[str, torch.Tensor] |
         for name in list(run):
             if getattr(stored.get(f"run.{name}"), "size", None) != run[name].shape:
                 del run[name]
-    tensors = tensors_of(model)
+    tensors = own_tensors(model)
     read_tensors(tensors | ({"run": run} if run else {}), reader, state, f"checkpoint {folder} does not fit this model")
     model.module.load_state_dict(tensors["model"])
     model.optimizer.load_state_dict({"state": tensors["optimizer"]})
     return state
 
 
+def load_weights(folder: str | Path, model: ShardedModel) -> RunState:
+    """As ``load``, of the model alone, which may have been trained with other options of ``model.embeddings``: its
+    optimizer's state is not read, and stays what it is (collective)."""
+    state = read_state(folder)
+    tensors = {"model": dict(model.module.state_dict())}
+    read_tensors(tensors, SafeReader(folder), state, f"checkpoint {folder} does not fit this model")
+    model.module.load_state_dict(tensors["model"])
+    return state
+
+
 def read_tensors(
     tensors: Mapping[str, Any], reader: SafeReader, state: RunState, misfit: str, alone: bool = False
 ) -> None:
-    """Reads a checkpoint's values into nested ``tensors``, in place (collective, unless ``alone``). Raises DataError,
-    beginning with ``misfit``, where names or shapes are not the checkpoint's."""
+    """Reads a checkpoint's values into nested ``tensors``, in place, as the model calls them (collective, unless
+    ``alone``). Raises DataError, beginning with ``misfit``, where names or shapes are not the checkpoint's."""
+    tensors = as_stored(tensors)
     wanted = unpacked(tensors, state.packed)
     try:
         dcp.load(wanted, storage_reader=reader, no_dist=alone)

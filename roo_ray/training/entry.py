@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import threading
+from contextlib import nullcontext
 from typing import Any
 
 import ray
 import ray.train
 
 from roo_ray.config import Holdout
-from roo_ray.errors import Evicted, Stopped, TrainingDiverged
+from roo_ray.errors import BadInput, Evicted, Stopped, TrainingDiverged
+from roo_ray.models.embeddings import lookup_features
 from roo_ray.training import checkpoint
+from roo_ray.training.causes import cause_of
 from roo_ray.training.counts import Counts
 from roo_ray.training.job import BEFORE_FILE, WorkerJob
 from roo_ray.training.saver import remove_leftovers
 from roo_ray.training.sharding import describe_plan
+from roo_ray.training.signals import StopWatch
 from roo_ray.training.system import system_metrics
 from roo_ray.training.worker import Worker
 
@@ -44,11 +49,19 @@ def train(worker: Worker, found: ray.train.Checkpoint | None) -> None:
     elif job.checkpoint is not None:
         worker.restore(checkpoint.open_checkpoint(job.checkpoint), weights_only=True)
         worker.say(f"starts from {job.checkpoint}")
+    if (found is not None or job.checkpoint is not None) and (odd := worker.saver.overlook(worker.model)) is not None:
+        worker.say(f"warning: what it starts from has values that are not finite: {odd}")
     if worker.rank == 0:
         for name in remove_leftovers(worker.storage, worker.folder, worker.steps_done if found else -1):
             worker.say(f"removed {name}, which a run that was killed has left")
-    plan = describe_plan(worker.model.plan)
-    worker.say(f"{worker.world} workers ready; tables: " + ", ".join(f"{r['table']} {r['sharding']}" for r in plan))
+    read_by = lookup_features(worker.schema)
+    plan = [
+        row | {"ids_per_request": {name: job.ids.per_request[name] for name in read_by[str(row["table"])]}}
+        for row in describe_plan(worker.model.plan)
+    ]
+    tables = [f"{row['table']} {row['sharding']}{' pooled' if row['pooled'] else ''}" for row in plan]
+    worker.say(f"{worker.world} workers ready; tables: {', '.join(tables)}")
+    worker.say(f"placed for {job.requests_per_step:,.0f} requests a step over all workers; {job.ids.describe()}")
     worker.logger.json(plan, "sharding_plan.json")
     if found is None and job.checkpoint is not None and job.day is not None:
         measure_before(worker)
@@ -68,20 +81,33 @@ def train(worker: Worker, found: ray.train.Checkpoint | None) -> None:
 def train_worker(loop_config: dict[str, Any]) -> None:
     """Ray Train's entry point on each rank."""
     job: WorkerJob = loop_config["job"]
-    worker = Worker(job)
+    if ray.get(job.board.is_final.remote()):
+        return  # Ray Train starts the workers again after any failure; this one would come again
     try:
-        if job.mode == "evaluate":
-            assert job.checkpoint is not None
-            worker.restore(checkpoint.open_checkpoint(job.checkpoint))
-            metrics = worker.evaluate()
-            if worker.rank == 0:
-                ray.get(job.board.keep.remote(metrics))
-            return
-        train(worker, ray.train.get_checkpoint())
-    except (Evicted, Stopped, TrainingDiverged) as error:
-        # all ranks end together: no failure in Ray Train's eyes; the driver knows what to do
-        ray.get(job.board.end_with.remote(error))
-    finally:
-        worker.logger.close()
-        if worker.stopping is not None:  # until here the driver is to know that workers run
-            worker.stopping.close()
+        run_worker(job)
+    except Exception as error:
+        found = cause_of([error])
+        if isinstance(found, BadInput):  # of one rank, perhaps: the others end as it fails
+            ray.get(job.board.end_with.remote(found))
+        raise
+
+
+def run_worker(job: WorkerJob) -> None:
+    """A worker's life. As long as it lasts, from before the model is built, the driver is to know that workers run."""
+    first = ray.train.get_context().get_world_rank() == 0
+    with StopWatch(job.board) if first else nullcontext(threading.Event()) as stop:
+        worker = Worker(job, stop)
+        try:
+            if job.mode == "evaluate":
+                assert job.checkpoint is not None
+                worker.restore(checkpoint.open_checkpoint(job.checkpoint))
+                metrics = worker.evaluate()
+                if worker.rank == 0:
+                    ray.get(job.board.keep.remote(metrics))
+                return
+            train(worker, ray.train.get_checkpoint())
+        except (Evicted, Stopped, TrainingDiverged) as error:
+            # all ranks end together: no failure in Ray Train's eyes; the driver knows what to do
+            ray.get(job.board.end_with.remote(error))
+        finally:
+            worker.logger.close()

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from roo_ray.config import Evaluation
+from roo_ray.errors import TrainingDiverged
 from roo_ray.ingest.device import on_device
 from roo_ray.ingest.stream import RankStream, Step
 from roo_ray.metrics.collection import RankingMetrics
 from roo_ray.metrics.curves import curves_of
 from roo_ray.metrics.held_out import HeldOutScores
-from roo_ray.models.item_index import RetrievalEvaluation
+from roo_ray.models.item_index import RetrievalEvaluation, index_for
 from roo_ray.models.objective import logits_of, retrieval_towers
 from roo_ray.schema import Schema
 from roo_ray.training.agreement import Flags, agree_to_go_on
+from roo_ray.training.requests_of import request_ids, requests_by_rank
 from roo_ray.training.sharding import ShardedModel
 from roo_ray.training.throughput import Throughput
 
@@ -35,15 +38,26 @@ class CutShort(Exception):
         self.stop = stop
 
 
-def steps_to_the_end(stream: RankStream, device: torch.device, says: Callable[[], Flags] = Flags) -> Iterator[Step]:
+def steps_to_the_end(
+    stream: RankStream, device: torch.device, says: Callable[[], Flags] = Flags, spoilt: Sequence[Step] = ()
+) -> Iterator[Step]:
     """The steps of a pass without an update; ends on all ranks at once (a collective per step). ``says``: the flags of
-    this rank, of which ``evicted`` and ``stop`` count. Raises CutShort on all ranks where one says so."""
+    this rank, of which ``evicted`` and ``stop`` count; ``spoilt``: gets a step whose scores are not numbers. Where one
+    rank says so, or has such a step, CutShort or TrainingDiverged is raised on all ranks."""
     for step in on_device(stream.epoch(0), device):
-        alive, evicted, stop = agree_to_go_on(step.lanes_alive, says(), device)
+        alive, agreed = agree_to_go_on(step.lanes_alive, replace(says(), not_finite=bool(spoilt)), device)
+        if agreed.not_finite:
+            every: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(every, request_ids(stream.settings, 0, spoilt[0]) if spoilt else [])
+            raise TrainingDiverged(
+                f"held-out requests have scores that are NaN, by rank: {requests_by_rank(every)}. The model has "
+                "diverged (lower the learning rates, go back to a checkpoint before), or these requests have features "
+                "that are not finite"
+            )
         if not alive:
             return
-        if evicted or stop:
-            raise CutShort(stop)
+        if agreed.evicted or agreed.stop:
+            raise CutShort(agreed.stop)
         yield step
 
 
@@ -56,23 +70,29 @@ def evaluate(
     settings: Evaluation,
     rank: int,
     says: Callable[[], Flags] = Flags,
+    items: str | None = None,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Metrics of the held-out data over all ranks (collective), under ``eval/``, and the tasks' ROC and calibration
     curves. Every impression's logits are written where ``settings`` say so. ``says``: see ``steps_to_the_end``, with
-    its CutShort; the model is then left in evaluation mode."""
+    what it raises; the model is then left in evaluation mode. ``items``: the exported index (a path or URI) in which
+    retrieval looks, instead of the items of the pass; DataError where it is of another model."""
     metrics = RankingMetrics([label.name for label in schema.labels])
     oracle = RankingMetrics([label.name for label in schema.labels])
     scored = HeldOutScores(metrics.tasks, settings.exact_rows)
     towers = retrieval_towers(model.module)
-    retrieval = None if towers is None else RetrievalEvaluation(towers)
-    throughput = Throughput()
+    index = None if towers is None or items is None else index_for(towers, items, device)
+    retrieval = None if towers is None else RetrievalEvaluation(towers, index)
+    throughput, spoilt = Throughput(), list[Step]()
     last_line = time.perf_counter()
     model.module.eval()
     with torch.no_grad():
-        for step in steps_to_the_end(stream, device, says):
+        for step in steps_to_the_end(stream, device, says, spoilt):
             batch = step.batch
             outputs = model.module(batch)
             logits = logits_of(model.module, outputs, len(schema.labels))
+            if bool((logits.isnan() & (batch.weights > 0)).any()):
+                spoilt.append(step)  # all ranks learn of it before the next step
+                continue
             if retrieval is not None:
                 retrieval.update(outputs, batch)
             metrics.update(logits, batch.labels, batch.weights, batch.num_impressions)

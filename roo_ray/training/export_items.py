@@ -6,13 +6,22 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from roo_ray.config import Config, Embeddings, Holdout, Model
 from roo_ray.errors import ConfigError
-from roo_ray.ingest.stream import RankStream, StreamSettings
-from roo_ray.models.item_index import ItemIndex
+from roo_ray.ingest.columns import plain_values
+from roo_ray.ingest.pack import pack_rows
+from roo_ray.ingest.settings import StreamSettings
+from roo_ray.ingest.tensors import PackedBatches
+from roo_ray.ingest.window import WindowRows, take
+from roo_ray.models.item_index import ItemIndex, ItemVectors
 from roo_ray.models.objective import retrieval_towers
 from roo_ray.models.ranking import RankingModel
 from roo_ray.requests.manifest import load_manifest
@@ -21,23 +30,26 @@ from roo_ray.storage import open_filesystem
 from roo_ray.training import checkpoint
 from roo_ray.training.progress import Say
 
-MERGE_AT = 1 << 20  # vectors held before those of one item are made one
+Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class ExportedItems:
-    """What was written: items and floats of each, from so many requests and impressions."""
+    """What was written: items and floats of each, from so many requests and impressions. ``sharing``: items whose row
+    of the table is another item's too."""
 
     path: str
     items: int
+    sharing: int
     dim: int
     requests: int
     impressions: int
 
 
 def export_items(config: Config, named: str, path: str, say: Say) -> ExportedItems:
-    """Writes the vectors of all items of the config's data set, as columns ``item`` and ``vector`` of a Parquet
-    file at ``path`` (local or URI), which appears whole or not at all.
+    """Writes the vectors of all items of the config's data set, as columns ``item`` (the data set's own id), ``row``
+    (of the item's table) and ``vector`` of a Parquet file at ``path`` (local or URI), which appears whole or not at
+    all. A null id is an item without one.
 
     ``named``: a retrieval checkpoint's path or URI. An item whose features vary over impressions has the vector of
     the last of them in stored order. Needs memory for the tables and the index, and no Ray.
@@ -62,9 +74,11 @@ def export_items(config: Config, named: str, path: str, say: Say) -> ExportedIte
             mode="sequential",
         )
         model = _whole_model(folder, schema, state.model)
-        index, requests, impressions = _index(model, RankStream(settings, 0, 1), say)
+        index, requests, impressions = _index(model, settings, say)
     _write(index, path)
-    return ExportedItems(path, len(index.ids), index.vectors.shape[1], requests, impressions)
+    counts = index.ids.unique(return_counts=True)[1]
+    sharing = int(counts[counts > 1].sum())
+    return ExportedItems(path, len(index.ids), sharing, index.vectors.shape[1], requests, impressions)
 
 
 def _whole_model(folder: str | Path, schema: Schema, settings: Model) -> RankingModel:
@@ -78,28 +92,67 @@ def _whole_model(folder: str | Path, schema: Schema, settings: Model) -> Ranking
     return model.eval()
 
 
-def _index(model: torch.nn.Module, stream: RankStream, say: Say) -> tuple[ItemIndex, int, int]:
+class _OwnIds:
+    """The data set's own ids of items, numbered as they come, and the row of each in the item's table."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Any, int] = {}
+        self._parts: list[pa.Array] = []
+        self._rows: list[Integers] = []
+
+    def numbers(self, items: pa.Array, rows: Integers) -> torch.Tensor:
+        """items (N,), which may be null, their rows (N,) -> the items' numbers (N,) int64."""
+        encoded = pc.dictionary_encode(items, null_encoding="encode")
+        places = encoded.indices.to_numpy()
+        first = np.unique(places, return_index=True)[1]
+        known = len(self._numbers)
+        numbers = [self._numbers.setdefault(item, len(self._numbers)) for item in encoded.dictionary.to_pylist()]
+        own = np.array(numbers, np.int64)
+        if (own >= known).any():
+            self._parts.append(encoded.dictionary.filter(pa.array(own >= known)))
+            self._rows.append(rows[first][own >= known])
+        return torch.from_numpy(own[places])
+
+    def all(self) -> tuple[pa.Array, Integers]:
+        """(ids, their rows) of all items, by number."""
+        parts = [pa.table({"item": part}) for part in self._parts]
+        column = pa.concat_tables(parts, promote_options="permissive").column("item")
+        return column.combine_chunks(), np.concatenate(self._rows)
+
+
+def _index(model: RankingModel, settings: StreamSettings, say: Say) -> tuple[ItemIndex, int, int]:
     towers = retrieval_towers(model)
     assert towers is not None
-    ids: list[torch.Tensor] = []
-    vectors: list[torch.Tensor] = []
-    requests = impressions = merge_at = 0
-    try:
-        with torch.no_grad():
-            for step in stream.epoch(0):
-                if not step.lanes_alive:
-                    break
-                ids.append(step.batch.impression_ids[towers.item].values)
-                vectors.append(model(step.batch).float().chunk(2, dim=1)[1])
-                requests, impressions = requests + step.requests, impressions + step.impressions
-                if sum(map(len, ids)) > max(merge_at, MERGE_AT):
-                    merged = ItemIndex.of(torch.cat(ids), torch.cat(vectors))
-                    ids, vectors = [merged.ids], [merged.vectors]
-                    merge_at = 2 * len(merged.ids)  # a catalogue larger than MERGE_AT is not merged at every step
-                    say(f"{requests:,} requests read, {len(merged.ids):,} items")
-    finally:
-        stream.close()
-    return ItemIndex.of(torch.cat(ids), torch.cat(vectors)), requests, impressions
+    column = next(feature.columns[0] for feature in settings.schema.features if feature.name == towers.item)
+    vectors, own = ItemVectors(), _OwnIds()
+    requests = impressions = skipped = 0
+    packing, plans = settings.open()
+    for window in plans.reading_order([0], None):
+        read = WindowRows(packing, window)
+        skipped += read.skipped
+        if not len(read.rows):
+            continue
+        packed = PackedBatches(pack_rows(read), settings.schema)
+        batches = [packed.batch(row) for row in range(packed.rows)]
+        stored = plain_values(take(*read.impressions(column)))
+        rows = torch.cat([batch.impression_ids[towers.item].values for batch in batches]).numpy()
+        numbers = own.numbers(stored, rows).split([batch.total_impressions for batch in batches])
+        for batch, items in zip(batches, numbers, strict=True):
+            requests, impressions = requests + batch.num_requests, impressions + batch.total_impressions
+            with torch.no_grad():
+                known = vectors.add(items, model(batch).float().chunk(2, dim=1)[1])
+            if known is not None:
+                say(f"{requests:,} requests read, {known:,} items")
+    if skipped:
+        say(f"{skipped:,} requests of shards that cannot be read were skipped (ingest.on_bad_shard)")
+    ids, rows = own.all()
+    order = pc.sort_indices(ids)
+    by_number = vectors.index()
+    places = torch.from_numpy(order.to_numpy().astype(np.int64))
+    index = ItemIndex(
+        torch.from_numpy(rows)[places], by_number.vectors[places], ids.take(order), towers.item_fingerprint()
+    )
+    return index, requests, impressions
 
 
 def _write(index: ItemIndex, path: str) -> None:

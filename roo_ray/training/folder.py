@@ -77,7 +77,8 @@ def refuse_other_weights(config: Config, checkpoint: str) -> None:
 
 def shape_of(model: Model, schema: Schema) -> dict[str, Any]:
     """All that decides which weights a model has, and what they mean."""
-    shape = {f"model.{name}": value for name, value in model.model_dump(mode="json").items() if name not in WEIGHTLESS}
+    settings = model.model_dump(mode="json", exclude={"embeddings": {"pooled"}})  # a table is the same, pooled or not
+    shape = {f"model.{name}": value for name, value in settings.items() if name not in WEIGHTLESS}
     shape |= {f"table '{name}'": table.model_dump(mode="json") for name, table in schema.tables.items()}
     for f in schema.features:
         shape[f"feature '{f.name}'"] = f.model_dump(mode="json", exclude=REREAD, exclude_defaults=True)

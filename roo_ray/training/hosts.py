@@ -16,6 +16,7 @@ from torchrec.distributed.planner import Topology
 
 TABLES_SHARE = 0.8  # of a host's memory; the rest is the dense part's, the data's and Ray's
 _LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # of cgroups v2 and v1
+_USAGES = ("memory.current", "memory/memory.usage_in_bytes")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,23 @@ def host_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
         except (OSError, ValueError):  # not there, or "max"
             continue
     return min(limits)
+
+
+def free_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that a process of this host, or of this container, can still have; pages of files count as free, for the
+    kernel gives them back."""
+    free = [int(psutil.virtual_memory().available)]
+    for limit, usage in zip(_LIMITS, _USAGES, strict=True):
+        try:
+            used = int((cgroup / usage).read_text())
+            lines = (cgroup / usage).with_name("memory.stat").read_text().splitlines()
+            stat = {name: int(value) for name, value in map(str.split, lines)}
+            # of cgroups v1, those without "total_" leave a container's own groups out
+            files = sum(stat.get(f"total_{name}", stat.get(name, 0)) for name in ("inactive_file", "active_file"))
+            free.append(int((cgroup / limit).read_text()) - used + files)
+        except (OSError, ValueError):
+            continue
+    return max(min(free), 0)
 
 
 def places(device: torch.device) -> list[Place]:

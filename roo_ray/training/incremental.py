@@ -222,7 +222,8 @@ def _train_day(
     run_name = f"{series}-{day}"
     manifest = load_manifest(config.requests, config.requests_version)
     start = published.last.checkpoint if published else None
-    trained = train(config, run_name, say, start_from=start, day=day, parent=parent, register=False)
+    patience = config.tracking.series_wait_seconds  # the series has begun: the server was there
+    trained = train(config, run_name, say, start_from=start, day=day, parent=parent, register=False, patience=patience)
     before = _read(join_path(config.storage, run_name, BEFORE_FILE)) if published else None
     return DayResult(
         day=day,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from roo_ray.config import Config
+from roo_ray.requests.lengths import MeanIds
 from roo_ray.training.tracking import RunHandle
 
 BEFORE_FILE = "roo_ray_before.json"
@@ -15,19 +16,24 @@ BEFORE_FILE = "roo_ray_before.json"
 @dataclass(frozen=True)
 class WorkerJob:
     """``mode``: train, or evaluate only. ``data_version`` / ``data_digest``: the data set's manifest.
-    ``ids_per_request``: measured mean ids per request by lookup feature. ``requests_per_step``: mean B_RO of
-    a step over all lanes. ``board``: a ProgressBoard. ``plan``: all that decides the order of training
-    (``ingest.plan.plan_inputs``). ``checkpoint``: what an evaluation loads, or whose weights training starts from.
-    ``day``: the one that is trained on, where that is a run of its own: its data is evaluated before."""
+    ``ids``: measured mean ids per request of each id feature. ``requests_per_step``, ``impressions_per_step``: mean
+    B_RO and B_NRO of a step over all lanes. ``board``: a ProgressBoard. ``plan``: all that decides the order of
+    training (``ingest.plan.plan_inputs``). ``checkpoint``: what an evaluation loads, or whose weights training starts
+    from. ``day``: the one that is trained on, where that is a run of its own: its data is evaluated before.
+    ``items``: the exported index that an evaluation of retrieval looks in. ``sign``: a file in the run's folder that
+    the driver has written, which all ranks are to see."""
 
     mode: Literal["train", "evaluate"]
     config: Config
     data_version: int
     data_digest: str
-    ids_per_request: dict[str, float]
+    ids: MeanIds
     requests_per_step: float
+    impressions_per_step: float
     run: RunHandle
     board: Any
     plan: dict[str, Any]
     checkpoint: str | None = None
     day: str | None = None
+    items: str | None = None
+    sign: str | None = None

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pyarrow.fs as pafs
 import ray
 import ray.train
@@ -18,17 +19,21 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from roo_ray import session
 from roo_ray.config import Config, WorkerRange
-from roo_ray.errors import ConfigError, Evicted, RooError
+from roo_ray.errors import ConfigError, Evicted
+from roo_ray.ingest.expected import mean_cost
 from roo_ray.ingest.holdout import check_sides
 from roo_ray.ingest.plan import plan_inputs
-from roo_ray.models.check import check_model
+from roo_ray.models.check import check_model, evaluated_as
 from roo_ray.models.cost import training_megaflops
+from roo_ray.models.item_index import tower_of
 from roo_ray.redact import redact_text
+from roo_ray.requests.lengths import MeanIds, mean_ids, sequence_shares
 from roo_ray.requests.manifest import Manifest, load_manifest
 from roo_ray.review.record import review_evaluation, review_training
 from roo_ray.schema import Schema
 from roo_ray.storage import join_path, open_filesystem
-from roo_ray.training.checkpoint import finite, open_checkpoint, read_state
+from roo_ray.training.causes import cause_of
+from roo_ray.training.checkpoint import finite, read_state
 from roo_ray.training.entry import train_worker
 from roo_ray.training.folder import (
     PLAN_FILE,
@@ -44,10 +49,13 @@ from roo_ray.training.lease import at_work
 from roo_ray.training.prepare import data_metrics
 from roo_ray.training.progress import Say, progress_board
 from roo_ray.training.saver import KEEP_SCORE
-from roo_ray.training.signals import forward_terminate
+from roo_ray.training.signals import forward_terminate, watch_workers
+from roo_ray.training.snapshot import mend_snapshot
 from roo_ray.training.tracking import RunHandle, RunLogger, open_run
+from roo_ray.training.waiting import Waiting
 
 CHECKPOINT_ARTIFACT_LIMIT = 2_000_000_000  # bytes; a larger checkpoint is named in the run, not copied into it
+GOES_ON = "Submit the same run_name again, and it goes on from the last checkpoint"
 
 
 @dataclass(frozen=True)
@@ -72,27 +80,14 @@ def check_schema_fits(schema: Schema, manifest: Manifest, data_set: str) -> None
         )
 
 
-def mean_ids_per_request(schema: Schema, manifest: Manifest) -> dict[str, float]:
-    """Mean ids per request of each lookup feature, from the manifest, for the planner's cost model."""
-    requests = max(manifest.requests, 1)
-    impressions = manifest.impressions / requests
-    tokens = manifest.tokens / requests / max(len(schema.sequences), 1)
-    means: dict[str, float] = {}
-    for feature in schema.features:
-        if feature.kind == "sequence":
-            for column in feature.sequence_ids:
-                means[f"{feature.name}.{column.column}"] = min(tokens, feature.max_length or tokens)
-        elif feature.kind == "ids":
-            means[feature.name] = impressions if feature.level == "impression" else 1.0
-    return means
-
-
-def mean_requests_per_batch(config: Config, manifest: Manifest) -> float:
-    """How many mean requests fill a lane's batch."""
+def mean_requests_per_batch(config: Config, manifest: Manifest, ids: MeanIds) -> float:
+    """How many mean requests, with so many ids, fill a lane's batch."""
+    schema = config.request_schema
     impressions = max(manifest.impressions / max(manifest.requests, 1), 1.0)
     tokens = manifest.tokens / max(manifest.requests, 1)
-    one, t, tt, n, nt = training_megaflops(config.request_schema, config.model)
-    cost = one + t * tokens + tt * tokens * tokens + n * impressions + nt * impressions * tokens
+    coefficients = training_megaflops(schema, config.model)
+    shares = sequence_shares(schema, manifest, ids)
+    cost = float(mean_cost(schema, coefficients, np.array(impressions), np.array(tokens), shares))
     ingest = config.ingest
     fits = [ingest.batch_impressions / impressions] if ingest.batch_impressions else []
     fits += [ingest.batch_cost / cost] if ingest.batch_cost else []
@@ -101,13 +96,16 @@ def mean_requests_per_batch(config: Config, manifest: Manifest) -> float:
 
 def make_job(config: Config, manifest: Manifest, mode: Any, run: RunHandle, board: Any) -> WorkerJob:
     """What the workers get."""
+    ids = mean_ids(config.request_schema, manifest, config.requests)
+    requests = config.ingest.lanes * mean_requests_per_batch(config, manifest, ids)
     return WorkerJob(
         mode=mode,
         config=config,
         data_version=manifest.version,
         data_digest=manifest.digest(),
-        ids_per_request=mean_ids_per_request(config.request_schema, manifest),
-        requests_per_step=config.ingest.lanes * mean_requests_per_batch(config, manifest),
+        ids=ids,
+        requests_per_step=requests,
+        impressions_per_step=requests * manifest.impressions / max(manifest.requests, 1),
         run=run,
         board=board,
         plan=order_of_data(config, manifest),
@@ -120,24 +118,9 @@ def readable_failures() -> Iterator[None]:
     try:
         yield
     except ray.train.WorkerGroupError as error:  # type: ignore[attr-defined]
-        raise _cause(list(error.worker_failures.values())) or error from None
+        raise cause_of(list(error.worker_failures.values())) or error from None
     except ray.exceptions.RayError as error:
-        raise _cause([error]) or error from None
-
-
-def _cause(errors: list[BaseException]) -> RooError | None:
-    seen: list[BaseException] = []
-    queue = list(errors)
-    while queue:
-        error = queue.pop(0)
-        if error in seen:
-            continue
-        seen.append(error)
-        if isinstance(error, RooError):
-            return error
-        linked = (getattr(error, "cause", None), error.__cause__, error.__context__)
-        queue += [item for item in linked if isinstance(item, BaseException)]
-    return None
+        raise cause_of([error]) or error from None
 
 
 def elastic(workers: WorkerRange) -> int | tuple[int, int]:
@@ -180,6 +163,12 @@ def make_trainer(job: WorkerJob, run_name: str) -> TorchTrainer:
     )
 
 
+def fit(job: WorkerJob, run_name: str) -> ray.train.Result:
+    """Runs the job's workers to their end."""
+    job.board.expect_workers.remote()
+    return make_trainer(job, run_name).fit()
+
+
 def train(
     config: Config,
     run_name: str,
@@ -189,18 +178,21 @@ def train(
     day: str | None = None,
     parent: RunHandle | None = None,
     register: bool = True,
+    patience: float = 0.0,
 ) -> TrainingResult:
     """Trains on the newest version of the request data set, or goes on with the run of that name.
 
     ``start_from``: a checkpoint whose weights a new run begins with; ``day``: evaluate it on that day's data before;
-    ``parent``: the MLflow run that this one is shown under; ``register``: the model, under ``serving.register_as``.
+    ``parent``: the MLflow run that this one is shown under; ``register``: the model, under ``serving.register_as``;
+    ``patience``: seconds for which an MLflow server that is away is waited for, before anything starts.
     Raises BadInput (data, config, cluster) and TrainingDiverged with one message; the MLflow run is then marked
     FAILED. Raises Stopped after SIGTERM, with a last checkpoint where workers ran; the MLflow run is then marked
-    KILLED. Raises ConfigError where another job is at work on the run.
+    KILLED. Raises NoWorkers where none has run for ``ray.wait_for_workers_s``. Raises ConfigError where another job is
+    at work on the run.
     """
     config = config.model_copy(update={"run_name": run_name})
-    with at_work(join_path(config.storage, run_name), f"run '{run_name}'", say):
-        return _train(config, run_name, say, start_from, day, parent, register)
+    with at_work(join_path(config.storage, run_name), f"run '{run_name}'", say) as sign:
+        return _train(config, run_name, say, start_from, day, parent, register, patience, sign)
 
 
 def _train(
@@ -211,19 +203,27 @@ def _train(
     day: str | None,
     parent: RunHandle | None,
     register: bool,
+    patience: float,
+    sign: str,
 ) -> TrainingResult:
     begin = time.perf_counter()
-    check_model(config.request_schema, config.model, "cuda" if config.training.gpu else "cpu")
+    for line in check_model(config.request_schema, config.model, "cuda" if config.training.gpu else "cpu"):
+        say(f"warning: {line}")
     manifest = load_manifest(config.requests, config.requests_version)
     check_schema_fits(config.request_schema, manifest, config.requests)
-    check_sides(config.requests, manifest, config.request_schema, config.holdout)
+    check_sides(
+        config.requests, manifest, config.request_schema, config.holdout, on_bad_shard=config.ingest.on_bad_shard
+    )
     plan = order_of_data(config, manifest)
     refuse_another_run(config, run_name, plan)
+    mend_snapshot(config, run_name, say)
     begun = has_begun(config, run_name)
     if start_from is not None and not begun:
         refuse_other_weights(config, start_from)
     nodes = session.alive_nodes()
-    run = open_run(config.tracking, "train", run_name, nodes, reopen=True, begun=begun, parent=parent)
+    run = open_run(
+        config.tracking, "train", run_name, nodes, reopen=True, begun=begun, parent=parent, patience=patience
+    )
     logger = RunLogger(run, say, config.tracking.end_wait_seconds)
     say(
         f"training '{run_name}' on version {manifest.version} of {config.requests}: {manifest.requests:,} requests, "
@@ -232,7 +232,7 @@ def _train(
     )
     succeeded = False
     try:
-        changed = logger.params(config.model_dump(mode="json", exclude={"request_schema"}))
+        changed = logger.params(config.model_dump(mode="json", exclude={"request_schema"}), patience)
         if changed:  # a run's parameters cannot change in MLflow: what a resume has changed stands beside them
             words = [f"{name}: {before} -> {now}" for name, (before, now) in sorted(changed.items())]
             logger.tags({"changed_on_resume": "; ".join(words)})
@@ -244,13 +244,15 @@ def _train(
         logger.metrics({f"data/{name}": value for name, value in data_metrics(manifest).items()})
         save_json(config, run_name, PLAN_FILE, plan)
         with progress_board(say) as board, readable_failures():
-            job = replace(make_job(config, manifest, "train", run, board), checkpoint=start_from, day=day)
-            with forward_terminate(board):
-                result = make_trainer(job, run_name).fit()
+            job = make_job(config, manifest, "train", run, board)
+            job = replace(job, checkpoint=start_from, day=day, sign=sign)
+            waiting = Waiting(config.ray, config.training, say, GOES_ON)
+            with forward_terminate(board, waiting):
+                result = fit(job, run_name)
                 while isinstance(ended := ray.get(board.outcome.remote()), Evicted):
                     # no failure: the run may be evicted any number of times
                     say(f"{ended}; starting the workers again")
-                    result = make_trainer(job, run_name).fit()
+                    result = fit(job, run_name)
         if ended is not None:
             raise ended
         if result.checkpoint is None or result.metrics is None:
@@ -290,26 +292,42 @@ def order_of_data(config: Config, manifest: Manifest) -> dict[str, Any]:
     return plan_inputs(manifest, schema, ingest, config.holdout, "train", seed, ingest.mode, cost)
 
 
-def evaluate(config: Config, checkpoint: str, run_name: str, say: Say) -> TrainingResult:
-    """Scores a checkpoint on the held-out side of the data set, with the model and schema in the checkpoint."""
+def evaluate(
+    config: Config, checkpoint: str, run_name: str, say: Say, patience: float = 0.0, items: str | None = None
+) -> TrainingResult:
+    """Scores a checkpoint on the held-out side of the data set, with the model and schema in the checkpoint; how its
+    tables were placed and updated in training does not matter. ``patience``: as in ``train``. ``items``: the exported
+    index (a path or URI that all nodes see) that a retrieval checkpoint's recall is measured in; by default it is in
+    the items of the held-out side. Raises BadInput, TrainingDiverged and NoWorkers as ``train`` does."""
     begin = time.perf_counter()
     manifest = load_manifest(config.requests, config.requests_version)
-    with open_checkpoint(checkpoint).as_directory() as folder:
-        state = read_state(folder)
-    config = config.model_copy(update={"model": state.model, "request_schema": state.request_schema()})
+    state = read_state(checkpoint)
+    if items is not None:
+        if state.model.kind != "retrieval" or state.model.towers is not None:
+            kind = state.model.towers or state.model.kind
+            raise ConfigError(f"{checkpoint} is a model of kind '{kind}': retrieval alone looks for items (--items)")
+        tower_of(items)  # no worker need start for a file that cannot be read
+    model = evaluated_as(state.model, "cuda" if config.training.gpu else "cpu")
+    config = config.model_copy(update={"model": model, "request_schema": state.request_schema()})
+    check_model(config.request_schema, model, "cuda" if config.training.gpu else "cpu")
     check_schema_fits(config.request_schema, manifest, config.requests)
-    run = open_run(config.tracking, "evaluate", run_name, session.alive_nodes())
+    if has_begun(config, run_name):  # its folder is removed at the end
+        raise ConfigError(f"run '{run_name}' is a training: an evaluation needs a run_name of its own")
+    run = open_run(config.tracking, "evaluate", run_name, session.alive_nodes(), patience=patience)
     logger = RunLogger(run)
     say(f"evaluating {checkpoint}; starting the workers")
     succeeded = False
     try:
-        logger.params(config.model_dump(mode="json", exclude={"request_schema"}))
+        logger.params(config.model_dump(mode="json", exclude={"request_schema"}), patience)
         data = {"data_set": config.requests, "data_version": manifest.version, "data_digest": manifest.digest()}
-        logger.tags({"checkpoint": checkpoint} | data)
+        logger.tags({"checkpoint": checkpoint} | data | ({"items": items} if items else {}))
         logger.text(config.request_schema.to_yaml(), "schema.yaml")
         with progress_board(say) as board, readable_failures():
             job = make_job(config, manifest, "evaluate", run, board)
-            make_trainer(replace(job, checkpoint=checkpoint), run_name).fit()
+            with watch_workers(board, Waiting(config.ray, config.training, say, "Run the evaluation again")):
+                fit(replace(job, checkpoint=checkpoint, items=items), run_name)
+            if (ended := ray.get(board.outcome.remote())) is not None:
+                raise ended
             metrics = ray.get(board.kept.remote())
         logger.metrics(metrics)
         review_evaluation(config, manifest, run, say)

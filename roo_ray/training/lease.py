@@ -31,9 +31,10 @@ LOOK_SECONDS = 1.0
 
 
 @contextmanager
-def at_work(folder: str, what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """A block in which no other job works on ``what``, whose files lie in ``folder``. Waits where a job that was killed
-    has left its sign. Raises ConfigError where another job is at work on it."""
+def at_work(folder: str, what: str, say: Callable[[str], None]) -> Iterator[str]:
+    """A block in which no other job works on ``what``, whose files lie in ``folder``; it gets the path of this
+    job's sign. Waits where a job that was killed has left its own. Raises ConfigError where another job is at work on
+    it."""
     filesystem, base = open_filesystem(folder)
     signs = f"{base}/{FOLDER}"
     mine = f"{signs}/{uuid.uuid4().hex}"
@@ -57,7 +58,7 @@ def at_work(folder: str, what: str, say: Callable[[str], None]) -> Iterator[None
     thread.start()
     try:
         _require_alone(filesystem, signs, mine, what, say)
-        yield
+        yield mine
     finally:
         ended.set()
         thread.join()

@@ -3,20 +3,20 @@
 Entries wait in memory, and from ``MEMORY_ENTRIES`` on in a spool file on disk (``spool``); where the disk takes
 nothing, in memory all the same. While the server does not answer, the thread tries again, after one warning. An entry
 that the server refuses for good, and what is left when the wait at the end is over, stays in a file, which
-``jobs/replay_tracking.py`` sends.
+``jobs/replay_tracking.py`` sends. What a killed process leaves (``leftovers``), the next one of its run sends.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
+from roo_ray.training.leftovers import Owner, entries_left, remove_left, stems_of_the_dead
 from roo_ray.training.spool import (
     BATCH_METRICS,
     Entry,
@@ -31,7 +31,14 @@ from roo_ray.training.spool import (
 
 MEMORY_ENTRIES = 20_000
 GATHER_SECONDS = 5.0  # a call costs about 10 ms of this process's time, whatever it holds: few calls, large ones
+OWN_GATHER_SECONDS = 15.0  # without a server this process does its work, too, a good part of it per call
+REFILL_ENTRIES = 2_000  # read from the spool at once, while nothing can be added: some 10 ms
 RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0)
+
+
+def gather_seconds(uri: str) -> float:
+    """For how long entries are gathered, unless there is a full call of them before."""
+    return GATHER_SECONDS if uri.startswith(("http:", "https:")) else OWN_GATHER_SECONDS
 
 
 class Outbox:
@@ -41,9 +48,11 @@ class Outbox:
     def __init__(self, uri: str, run_id: str, warn: Callable[[str], None], memory: int = MEMORY_ENTRIES) -> None:
         self.uri, self.run_id, self.warn, self.memory = uri, run_id, warn, memory
         self.sender = Sender(uri, run_id)
+        self.gather = gather_seconds(uri)
         self._changed = threading.Condition()
         self._queue: deque[Entry] = deque()
-        self._spool = Spool(spool_folder() / f"{run_id}-{os.getpid()}-{id(self):x}.spool")  # comes after the queue
+        self._owner = Owner(run_id)
+        self._spool = Spool(self._owner.next_spool())  # comes after the queue
         self._after: deque[Entry] = deque()  # comes after the spool: what the disk did not take
         self._sending: list[Entry] = []
         self._refused: list[Entry] = []
@@ -65,6 +74,7 @@ class Outbox:
                 self._after.extend(entries)
             elif self._spool or len(self._queue) >= self.memory:
                 try:
+                    self._owner.claim()
                     self._spool.append(entries)
                 except OSError as error:
                     self._disk(error)
@@ -82,10 +92,13 @@ class Outbox:
             raise FileNotFoundError(f"no folder {local}")
         entry: Entry = {"kind": "folder", "local": str(local), "path": path}
         try:
-            entry |= {"local": str(kept_folder(local, self.run_id)), "own": True}
+            self._owner.claim()
+            entry |= {"local": str(kept_folder(local, self._owner.stem)), "own": True}
         except OSError as error:
             self._disk(error)
         self.put([entry])
+        if "own" in entry:
+            self.keep()  # a copy that nothing names would be lost
         return "own" in entry
 
     def _disk(self, error: OSError) -> None:
@@ -96,45 +109,37 @@ class Outbox:
                 "and is lost if this process is killed; make room, or set ROO_RAY_HOME to a folder that can be written"
             )
 
-    def _left(self) -> list[Entry]:
-        try:
-            spooled = self._spool.rest()
-        except (OSError, ValueError) as error:
-            self._disk(OSError(f"{self._spool.path} cannot be read: {error}"))
-            spooled = []
-        return [*self._sending, *self._queue, *spooled, *self._after]
-
-    def keep(self) -> None:
-        """Writes what is not stored yet to a file, from which ``recover`` takes it should this process be killed."""
-        path = self._kept_file()
+    def keep(self) -> bool:
+        """Writes what is not stored yet, and not in the spool already, to a file, from which ``recover`` takes it
+        should this process be killed; whether the disk took it."""
         with self._changed:
-            left = self._left()
+            before, note, after = [*self._sending, *self._queue], self._spool.note, list(self._after)
         try:
-            if left:
-                write_whole(path, lines_of(left))
+            if before or note or after:
+                self._owner.claim()
+                write_whole(self._owner.kept, lines_of([*before, *([note] if note else []), *after]))
             else:
-                path.unlink(missing_ok=True)
+                self._owner.kept.unlink(missing_ok=True)
         except OSError as error:
             self._disk(error)
-
-    def _kept_file(self) -> Path:
-        return spool_folder() / f"{self.run_id}-{os.getpid()}.kept"
+            return False
+        return True
 
     def recover(self) -> int:
-        """Takes over what killed processes on this machine have kept of this run; how many entries. A step that the
+        """Takes over what killed processes on this machine have left of this run; how many entries. A step that the
         run has is not stored again."""
         taken = 0
-        for path in sorted(spool_folder().glob(f"{self.run_id}-*.kept")):
+        for stem in stems_of_the_dead(self.run_id, self._owner.stem):
+            entries, folders = entries_left(stem), set[str]()
             try:
-                entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-                self.put(entries)
-                self.keep()
-                if path != self._kept_file():
-                    path.unlink()
+                while some := list(islice(entries, REFILL_ENTRIES)):
+                    self.put(some)
+                    taken += len(some)
+                    folders |= {Path(entry["local"]).name for entry in some if entry["kind"] == "folder"}
+                if self.keep():
+                    remove_left(stem, folders)
             except (OSError, ValueError) as error:
-                self._disk(OSError(f"{path} cannot be taken over: {error}"))
-                continue
-            taken += len(entries)
+                self._disk(OSError(f"what {stem} has left cannot be taken over: {error}"))
         return taken
 
     def flush(self, seconds: float) -> bool:
@@ -153,31 +158,32 @@ class Outbox:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            left = [*self._left(), *self._refused]
+            before, after = [*self._sending, *self._queue], [*self._after, *self._refused]
+            left = len(before) + len(self._spool) + len(after)
             self._queue.clear()
             self._after.clear()
         path = spool_folder() / f"{self.run_id}-{time.time_ns() // 1000}.jsonl"
+        head: Entry = {"uri": self.uri, "run_id": self.run_id}
         try:
             if left:
-                write_whole(path, lines_of([{"uri": self.uri, "run_id": self.run_id}, *left]))
+                write_whole(path, lines_of([head, *before]), self._spool.rest(), lines_of(after))
         except OSError as error:
             self.warn(
-                f"warning: {len(left):,} entries of MLflow run {self.run_id} are lost: the server did not take them, "
+                f"warning: {left:,} entries of MLflow run {self.run_id} are lost: the server did not take them, "
                 f"and they cannot be kept in {path} ({error})"
             )
             return None
         with suppress(OSError):
             self._spool.remove()
-            self._kept_file().unlink(missing_ok=True)
+            self._owner.kept.unlink(missing_ok=True)
+            self._owner.release()
         return path if left else None
 
     def _next(self) -> list[Entry]:
         """The entries to send next, of one kind; waits for some. Empty when closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
-            self._changed.wait_for(
-                lambda: self._closed or self._hurried or self._waiting >= BATCH_METRICS, GATHER_SECONDS
-            )
+            self._changed.wait_for(lambda: self._closed or self._hurried or self._waiting >= BATCH_METRICS, self.gather)
             if self._closed:
                 return []
             if not self._queue:
@@ -195,12 +201,18 @@ class Outbox:
     def _refill(self) -> None:
         if self._spool:
             try:
-                self._queue.extend(self._spool.take(self.memory))
+                self._queue.extend(self._spool.take(min(self.memory, REFILL_ENTRIES)))
                 return
             except (OSError, ValueError) as error:  # the disk has failed
                 self.warn(f"warning: {len(self._spool):,} entries in {self._spool.path} cannot be read: {error}")
-                self._spool = Spool(self._spool.path.with_suffix(".spool-2"))
+                self._spool = Spool(self._owner.next_spool())
         self._queue, self._after = self._after, self._queue
+
+    def _drop_spool(self) -> None:
+        # all that it held is stored
+        with suppress(OSError):
+            self._spool.remove()
+        self._spool = Spool(self._owner.next_spool())
 
     def _run(self) -> None:
         while batch := self._next():
@@ -229,6 +241,8 @@ class Outbox:
                 if self._closed:
                     return
                 self._sending = []
+                if self._spool.note and not (self._spool or self._queue):
+                    self._drop_spool()
                 self._changed.notify_all()
 
     def _refuse(self, refused: list[tuple[Entry, Exception]]) -> None:

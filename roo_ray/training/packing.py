@@ -28,7 +28,7 @@ def pack(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Te
     index). The same on all ranks, for what is not sharded is."""
     rest: dict[str, Any] = {}
     parts: dict[str, list[tuple[str, torch.Tensor]]] = {}
-    for path, value in _leaves(tensors):
+    for path, value in leaves(tensors):
         if type(value) in (torch.Tensor, torch.nn.Parameter):
             key = f"{path[0]}.{value.device.type}.{value.dtype}".replace("torch.", "")
             parts.setdefault(key, []).append((".".join(path), value.detach()))
@@ -45,7 +45,7 @@ def unpacked(tensors: Mapping[str, Any], index: Index) -> dict[str, Any]:
     held = {name for values in index.values() for name, _ in values}
     room: dict[str, Any] = {}
     wanted: set[str] = set()
-    for path, value in _leaves(tensors):
+    for path, value in leaves(tensors):
         name = ".".join(path)
         if name in held:
             wanted.add(name)
@@ -62,7 +62,7 @@ def unpacked(tensors: Mapping[str, Any], index: Index) -> dict[str, Any]:
 def unpack(tensors: Mapping[str, Any], large: Mapping[str, torch.Tensor], index: Index) -> None:
     """Copies out of the large tensors into ``tensors``, in place; into a sharded one what this rank has of it. Raises
     ShapeError where a shape is another."""
-    named = {".".join(path): value for path, value in _leaves(tensors)}
+    named = {".".join(path): value for path, value in leaves(tensors)}
     for key, values in index.items():
         if key not in large:
             continue
@@ -99,10 +99,11 @@ def _dtype(key: str) -> torch.dtype:
     return found
 
 
-def _leaves(tensors: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def leaves(tensors: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path, tensor) of nested tensors."""
     for name, value in tensors.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, (*path, name))
+            yield from leaves(value, (*path, name))
         else:
             yield (*path, name), value
 

@@ -12,9 +12,12 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from roo_ray.errors import BadInput, TrainingDiverged
 from roo_ray.redact import redact_text
 
 Say = Callable[[str], None]
+
+CLOSING_S = 3600.0  # what Ray Train may take for its end of a run once the workers have ended theirs
 
 
 def make_say(stream: Any = None) -> Say:
@@ -47,13 +50,26 @@ class ProgressBoard:
         self._asked = time.monotonic()
         return self._stopping
 
+    def expect_workers(self) -> None:
+        """Ray Train is to start workers: from here on they are waited for."""
+        self._asked = time.monotonic()
+
+    def ended(self) -> None:
+        """The workers have come to their end, and ask no more; none is waited for while Ray Train closes the run."""
+        self._asked = time.monotonic() + CLOSING_S
+
     def silent_seconds(self) -> float:
-        """How long no worker has asked."""
+        """How long no worker has asked that should have; negative after the workers' end."""
         return time.monotonic() - self._asked
 
     def end_with(self, error: Exception) -> None:
-        """Holds the error that the workers, all together, ended for."""
+        """Holds the error that the workers, all together, ended for, or that one met in its input."""
         self._outcome = error
+
+    def is_final(self) -> bool:
+        """Whether that error would come again, so that workers which are started anew need not begin."""
+        self._asked = time.monotonic()
+        return isinstance(self._outcome, (BadInput, TrainingDiverged))
 
     def outcome(self) -> Exception | None:
         """That error, if any, once."""

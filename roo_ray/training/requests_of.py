@@ -9,6 +9,18 @@ from roo_ray.ingest.rows import read_requests
 from roo_ray.ingest.stream import Step, StreamSettings
 from roo_ray.sources.hashing import hash_rows
 
+NAMED = 20  # request ids in an error, of each rank
+
+
+def requests_by_rank(every: list[list[str]]) -> str:
+    """Words for the request ids of each rank."""
+    parts = []
+    for rank, names in enumerate(every):
+        if names:
+            more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+            parts.append(f"rank {rank}: {', '.join(names[:NAMED])}{more}")
+    return "; ".join(parts) or "no rank can name them"
+
 
 def request_ids(settings: StreamSettings, epoch: int, step: Step) -> list[str]:
     """``key=value`` of each request of a rank's step, in the order of the shards; its hash where it is not found in
@@ -18,7 +30,7 @@ def request_ids(settings: StreamSettings, epoch: int, step: Step) -> list[str]:
     named: dict[int, str] = {}
     try:
         _, plans = settings.open()
-        plan = next(plan for plan in plans if plan.epoch == epoch)
+        plan = plans.plan(epoch)
         for lane, (window, _) in step.position.items():
             for index in range(max(window - 1, 0), min(window + 1, plan.num_windows(lane))):
                 units = plan.window(lane, index).units

@@ -7,6 +7,7 @@ the device cannot do is refused. Embeddings are updated in backward (fused).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,9 +15,10 @@ import torch
 import torch.distributed as dist
 import torchrec.optim
 from torch import nn
-from torchrec import EmbeddingCollection
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 from torchrec.distributed.planner.types import PlannerError, PlannerErrorType
@@ -30,6 +32,7 @@ from roo_ray.config import Embeddings, Training
 from roo_ray.errors import ConfigError
 from roo_ray.models.check import refuse_what_cannot_be
 from roo_ray.models.initialise import initialise_tables
+from roo_ray.models.pooled import PooledLookup
 from roo_ray.training.hosts import describe, places, topology
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -44,6 +47,24 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 _WAYS_OUT = "take more or larger hosts, fewer rows, a smaller dim, or model.embeddings.weights=fp16"
 
 
+SHARDING_TYPES = {
+    "table_wise": ShardingType.TABLE_WISE,
+    "row_wise": ShardingType.ROW_WISE,
+    "column_wise": ShardingType.COLUMN_WISE,
+    "data_parallel": ShardingType.DATA_PARALLEL,
+    "grid": ShardingType.GRID_SHARD,
+}
+
+
+def compute_kernels(sharding_type: str, compute_device_type: str) -> list[str]:
+    """Fused kernels: the optimizer runs in backward (data-parallel tables take the dense part's)."""
+    if sharding_type == ShardingType.DATA_PARALLEL.value:
+        return [EmbeddingComputeKernel.DENSE.value]
+    kernels = [EmbeddingComputeKernel.FUSED]
+    kernels += [] if compute_device_type == "cpu" else [EmbeddingComputeKernel.FUSED_UVM_CACHING]
+    return [kernel.value for kernel in kernels]
+
+
 class TableSharder(EmbeddingCollectionSharder):
     """Offers the planner what is exact on every backend: row-wise, table-wise and column-wise, fused kernels.
 
@@ -53,17 +74,25 @@ class TableSharder(EmbeddingCollectionSharder):
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         """Row-wise, table-wise and column-wise; on a GPU data-parallel."""
-        kinds = [ShardingType.TABLE_WISE, ShardingType.ROW_WISE, ShardingType.COLUMN_WISE]
-        kinds += [] if compute_device_type == "cpu" else [ShardingType.DATA_PARALLEL]
-        return [kind.value for kind in kinds]
+        kinds = ["table_wise", "row_wise", "column_wise"]
+        kinds += [] if compute_device_type == "cpu" else ["data_parallel"]
+        return [SHARDING_TYPES[kind].value for kind in kinds]
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        """Fused kernels: the optimizer runs in backward (data-parallel tables take the dense part's)."""
-        if sharding_type == ShardingType.DATA_PARALLEL.value:
-            return [EmbeddingComputeKernel.DENSE.value]
-        kernels = [EmbeddingComputeKernel.FUSED]
-        kernels += [] if compute_device_type == "cpu" else [EmbeddingComputeKernel.FUSED_UVM_CACHING]
-        return [kernel.value for kernel in kernels]
+        """See ``compute_kernels``."""
+        return compute_kernels(sharding_type, compute_device_type)
+
+
+class PooledTableSharder(EmbeddingBagCollectionSharder):
+    """The same for pooled tables, of which all kinds are exact on every backend."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """All that a config can name."""
+        return [kind.value for kind in SHARDING_TYPES.values()]
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        """See ``compute_kernels``."""
+        return compute_kernels(sharding_type, compute_device_type)
 
 
 @dataclass(frozen=True)
@@ -76,11 +105,20 @@ class ShardedModel:
     plan: ShardingPlan
 
 
-def embedding_collections(model: nn.Module) -> Iterator[EmbeddingCollection]:
-    """All TorchRec embedding collections in a model."""
+def embedding_collections(model: nn.Module) -> Iterator[EmbeddingCollection | EmbeddingBagCollection]:
+    """All TorchRec embedding collections in a model, those of pooled tables too."""
     for module in model.modules():
-        if isinstance(module, EmbeddingCollection):
+        if isinstance(module, (EmbeddingCollection, EmbeddingBagCollection)):
             yield module
+
+
+def tables_of(model: nn.Module) -> Iterator[EmbeddingConfig | EmbeddingBagConfig]:
+    """All tables of a model."""
+    for collection in embedding_collections(model):
+        if isinstance(collection, EmbeddingBagCollection):
+            yield from collection.embedding_bag_configs()
+        else:
+            yield from collection.embedding_configs()
 
 
 def table_constraints(
@@ -91,36 +129,41 @@ def table_constraints(
     embeddings: Embeddings | None = None,
     world_size: int = 1,
     device_type: str = "cpu",
+    batch_impressions: int | None = None,
+    hosts: int = 1,
 ) -> dict[str, ParameterConstraints]:
     """Per table: as ``embeddings.sharding`` says, otherwise row-wise from ``row_wise_from`` rows and table-wise
     below, with the measured ids per request of each of its features (``ids_per_request``, by lookup feature;
     impression-level features have theirs times impressions), so that the planner's costs are ours. The batch of
-    every feature is B_RO: candidates are looked up as lists of their request.
+    every feature is B_RO (``batch_requests``): candidates are looked up as lists of their request. That of pooled
+    tables which bags of impressions read is B_NRO (``batch_impressions``; None: as many as requests).
 
     On a GPU the planner chooses between its memory and host memory with a cache on it (UVM), by what fits, where
-    ``embeddings.uvm`` does not say it."""
+    ``embeddings.uvm`` does not say it. A grid cuts columns over the ``hosts``, and rows over the ranks of each."""
     embeddings = embeddings or Embeddings()
+    lookups = [module for module in model.modules() if isinstance(module, PooledLookup)]
+    by_impression = {t for lookup in lookups for t, level in lookup.levels.items() if level == "impression"}
     constraints = {}
-    for collection in embedding_collections(model):
-        for table in collection.embedding_configs():
-            default = "row_wise" if table.num_embeddings >= row_wise_from else "table_wise"
-            kind = embeddings.sharding.get(table.name, default)
-            kernels = [EmbeddingComputeKernel.FUSED]
-            if kind == "data_parallel":
-                kernels = [EmbeddingComputeKernel.DENSE]
-            elif table.name in embeddings.uvm:
-                kernels = [EmbeddingComputeKernel.FUSED_UVM_CACHING]
-            elif device_type != "cpu":
-                kernels.append(EmbeddingComputeKernel.FUSED_UVM_CACHING)
-            # columns are cut in multiples of 4 floats
-            columns = max(4, -(-table.embedding_dim // world_size) // 4 * 4)
-            constraints[table.name] = ParameterConstraints(
-                sharding_types=[kind],
-                compute_kernels=[kernel.value for kernel in kernels],
-                min_partition=columns if kind == "column_wise" else None,
-                pooling_factors=[max(ids_per_request.get(name, 1.0), 0.01) for name in table.feature_names],
-                batch_sizes=[batch_requests] * len(table.feature_names),
-            )
+    for table in tables_of(model):
+        default = "row_wise" if table.num_embeddings >= row_wise_from else "table_wise"
+        kind = embeddings.sharding.get(table.name, default)
+        kernels = [EmbeddingComputeKernel.FUSED]
+        if kind == "data_parallel":
+            kernels = [EmbeddingComputeKernel.DENSE]
+        elif table.name in embeddings.uvm:
+            kernels = [EmbeddingComputeKernel.FUSED_UVM_CACHING]
+        elif device_type != "cpu":
+            kernels.append(EmbeddingComputeKernel.FUSED_UVM_CACHING)
+        parts = {"column_wise": world_size, "grid": hosts}.get(kind)  # of the columns, cut in multiples of 4 floats
+        rows = (batch_impressions or batch_requests) if table.name in by_impression else batch_requests
+        ids = [ids_per_request.get(name, 1.0) * batch_requests / rows for name in table.feature_names]
+        constraints[table.name] = ParameterConstraints(
+            sharding_types=[SHARDING_TYPES[kind].value],
+            compute_kernels=[kernel.value for kernel in kernels],
+            min_partition=max(4, -(-table.embedding_dim // parts) // 4 * 4) if parts else None,
+            pooling_factors=[max(mean, 0.01) for mean in ids],
+            batch_sizes=[rows] * len(table.feature_names),
+        )
     return constraints
 
 
@@ -132,11 +175,13 @@ def shard(
     batch_requests: int,
     ids_per_request: dict[str, float],
     embeddings: Embeddings | None = None,
+    batch_impressions: int | None = None,
 ) -> ShardedModel:
     """Wraps ``model`` (its embedding collections on the meta device) for the current process group.
 
-    ``batch_requests``: B_RO of a rank's batch. ``ids_per_request``: mean ids per request, by lookup feature.
-    ``embeddings``: how tables are stored, placed and updated.
+    ``batch_requests``, ``batch_impressions``: B_RO and B_NRO of a rank's batch (None: as many as requests).
+    ``ids_per_request``: mean ids per request, by lookup feature. ``embeddings``: how tables are stored, placed and
+    updated.
     Every rank plans for itself from the same inputs: a collective plan that failed on rank 0 would leave the
     others waiting. Initial weights depend on ``settings.seed`` alone, not on the world size or the plan.
     Raises ConfigError where the tables do not fit the hosts' memory (or the GPUs'), or cannot be had as
@@ -146,18 +191,28 @@ def shard(
     if group is None:
         raise RuntimeError("shard() needs an initialised process group")
     embeddings = embeddings or Embeddings()
-    tables = [table.name for c in embedding_collections(model) for table in c.embedding_configs()]
+    tables = [table.name for table in tables_of(model)]
     refuse_what_cannot_be(embeddings, tables, device.type)
     for collection in embedding_collections(model):
         fused = [p for n, p in collection.named_parameters() if not _is_data_parallel(n, embeddings)]
         apply_optimizer_in_backward(OPTIMIZERS[embeddings.optimizer], fused, {"lr": settings.embedding_lr})
     ranks = places(device)
-    world = len(ranks)
-    sharders = [TableSharder(use_index_dedup=embeddings.index_dedup)]
+    world, hosts = len(ranks), topology(ranks, device.type)
+    if "grid" in embeddings.sharding.values():  # TorchRec reads here which ranks are of one host
+        os.environ["LOCAL_WORLD_SIZE"] = str(hosts.local_world_size)
+    sharders = [TableSharder(use_index_dedup=embeddings.index_dedup), PooledTableSharder()]
     planner = EmbeddingShardingPlanner(
-        topology=topology(ranks, device.type),
+        topology=hosts,
         constraints=table_constraints(
-            model, settings.row_wise_from, batch_requests, ids_per_request, embeddings, world, device.type
+            model,
+            settings.row_wise_from,
+            batch_requests,
+            ids_per_request,
+            embeddings,
+            world,
+            device.type,
+            batch_impressions,
+            world // hosts.local_world_size,
         ),
         debug=False,
     )
@@ -178,27 +233,37 @@ def shard(
     initialise_tables(module, settings.seed)
     # by name: a rank that holds nothing of a table has a parameter for it all the same, and no fused state
     fused_tables = {
-        f"embeddings.{table}.weight" for table in tables if embeddings.sharding.get(table) != "data_parallel"
+        (kind, table, "weight")
+        for table in tables
+        for kind in ("embeddings", "embedding_bags")
+        if embeddings.sharding.get(table) != "data_parallel"
     }
     dense = {
         name: parameter
         for name, parameter in module.named_parameters()
-        if parameter.requires_grad and ".".join(name.split(".")[-3:]) not in fused_tables
+        if parameter.requires_grad and not (name.startswith("sparse.") and tuple(name.split(".")[-3:]) in fused_tables)
     }
     dense_optimizer = KeyedOptimizerWrapper(
         dense, lambda parameters: torch.optim.Adam(parameters, lr=settings.dense_lr, fused=True)
     )
-    dense_optimizer.init_state()  # otherwise a checkpoint's Adam state would silently not be loaded
+    _make_state(dense_optimizer)
     optimizer = CombinedOptimizer([module.fused_optimizer, dense_optimizer])
     return ShardedModel(module, optimizer, plan)
+
+
+def _make_state(adam: KeyedOptimizerWrapper) -> None:
+    """Makes Adam's state, else a checkpoint's would silently not be loaded; by a step, which does not count: at step 2
+    Adam would take the first gradient at 0.74 of its learning rate."""
+    adam.init_state()
+    for state in adam.state.values():
+        state["step"].zero_()
 
 
 def _sizes(model: nn.Module) -> str:
     """The tables by their bytes, the largest first."""
     sizes = {
         table.name: table.num_embeddings * table.embedding_dim * DATA_TYPE_NUM_BITS[table.data_type] / 8 / 2**30
-        for collection in embedding_collections(model)
-        for table in collection.embedding_configs()
+        for table in tables_of(model)
     }
     largest = sorted(sizes.items(), key=lambda item: -item[1])[:3]
     named = ", ".join(f"'{name}' {size:,.1f} GiB" for name, size in largest)
@@ -210,19 +275,24 @@ def _is_data_parallel(parameter: str, embeddings: Embeddings) -> bool:
 
 
 def describe_plan(plan: ShardingPlan) -> list[dict[str, object]]:
-    """One row per table: name, sharding type, kernel and the ranks that hold it (for logs and MLflow)."""
+    """One row per table: name, sharding type, kernel, whether it is pooled, and the ranks that hold it (for logs and
+    MLflow), with rows and dim of their parts; ranks of a data-parallel table hold all of it."""
     rows: list[dict[str, object]] = []
-    for module_plan in plan.plan.values():
+    for module, module_plan in plan.plan.items():
         for table, sharding in module_plan.items():  # type: ignore[attr-defined]
-            shards = [
-                {"rank": shard.placement.rank(), "rows": shard.shard_sizes[0], "dim": shard.shard_sizes[1]}
-                for shard in sharding.sharding_spec.shards
-            ]
+            if sharding.sharding_spec is None:  # what is not cut has no shards
+                shards = [{"rank": rank} for rank in sharding.ranks]
+            else:
+                shards = [
+                    {"rank": shard.placement.rank(), "rows": shard.shard_sizes[0], "dim": shard.shard_sizes[1]}
+                    for shard in sharding.sharding_spec.shards
+                ]
             rows.append(
                 {
                     "table": table,
                     "sharding": sharding.sharding_type,
                     "kernel": sharding.compute_kernel,
+                    "pooled": ".pooled." in module,
                     "shards": shards,
                 }
             )

@@ -6,9 +6,10 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from roo_ray.source_config import home
 
@@ -19,20 +20,14 @@ Entry = dict[str, Any]
 """JSON: ``kind`` metric (name, value, time, step, and ``again`` where it replaces a point of that step), tags (tags),
 text (text, path), folder (local, path, and ``own`` where it is a copy of ours, to be removed once stored), status."""
 
-BATCH_METRICS = 500  # MLflow takes 1000 in a call
+BATCH_METRICS = 1000  # as many as MLflow takes in a call
 REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
 FOLDER_SUFFIX = ".folder"
+BLOCK = 1 << 20  # bytes
 
 
 class FolderGone(Exception):
     """A folder whose files were to be stored is not there any more."""
-
-
-class Replayed(NamedTuple):
-    """Entries of a file that are stored now, and those that the server refuses, which stay in it."""
-
-    stored: int
-    refused: int
 
 
 def spool_folder() -> Path:
@@ -45,21 +40,23 @@ def lines_of(entries: list[Entry]) -> str:
     return "".join(json.dumps(entry) + "\n" for entry in entries)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file in one piece. Raises OSError; what was there stays then."""
+def write_whole(path: Path, *parts: str | Iterable[bytes]) -> None:
+    """Writes a file in one piece, of texts and of what comes in blocks. Raises OSError; what was there stays then."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     try:
-        part.write_text(text, encoding="utf-8")
+        with part.open("wb") as file:
+            for some in parts:
+                file.writelines([some.encode()] if isinstance(some, str) else some)
         part.replace(path)
     except OSError:
         part.unlink(missing_ok=True)
         raise
 
 
-def kept_folder(local: Path, run_id: str) -> Path:
+def kept_folder(local: Path, stem: str) -> Path:
     """A copy of a folder in the spool, of links where both are on one disk. Raises OSError; nothing is left then."""
-    copy = spool_folder() / f"{run_id}-{uuid.uuid4().hex}{FOLDER_SUFFIX}"
+    copy = spool_folder() / f"{stem}.{uuid.uuid4().hex}{FOLDER_SUFFIX}"
 
     def link_or_copy(source: str, target: str) -> str:
         try:
@@ -78,8 +75,8 @@ def kept_folder(local: Path, run_id: str) -> Path:
 
 
 class Spool:
-    """Entries in a file, first in, first out; ``len`` is how many it holds. Methods raise OSError and then have
-    changed nothing."""
+    """Entries in a file, first in, first out; ``len`` is how many it holds. What was taken stays in the file until it
+    is ``remove``d. Methods raise OSError and then have changed nothing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -88,6 +85,12 @@ class Spool:
 
     def __len__(self) -> int:
         return self._count
+
+    @property
+    def note(self) -> Entry | None:
+        """For another process: which file, and from where on it holds these entries; None without a file."""
+        used = self._count or self._read_to
+        return {"kind": "spool", "file": self.path.name, "from": self._read_to} if used else None
 
     def append(self, entries: list[Entry]) -> None:
         """Adds entries at the end."""
@@ -105,23 +108,22 @@ class Spool:
 
     def take(self, count: int) -> list[Entry]:
         """The first ``count`` entries, or as many as there are."""
-        entries, read_to = self._read(min(count, self._count))
-        self._count, self._read_to = self._count - len(entries), read_to
-        if not self._count:
-            self.remove()
-        return entries
-
-    def rest(self) -> list[Entry]:
-        """All entries, which stay."""
-        return self._read(self._count)[0]
-
-    def _read(self, count: int) -> tuple[list[Entry], int]:
+        count = min(count, self._count)
         if not count:
-            return [], self._read_to
-        with self.path.open(encoding="utf-8") as file:
+            return []
+        with self.path.open("rb") as file:
             file.seek(self._read_to)
             entries = [json.loads(file.readline()) for _ in range(count)]
-            return entries, file.tell()
+            self._count, self._read_to = self._count - count, file.tell()
+        return entries
+
+    def rest(self) -> Iterator[bytes]:
+        """All entries, which stay, as blocks of their lines."""
+        if self._count:
+            with self.path.open("rb") as file:
+                file.seek(self._read_to)
+                while block := file.read(BLOCK):
+                    yield block
 
     def remove(self) -> None:
         """Removes the file."""
@@ -219,27 +221,3 @@ def send_all(sender: Sender, batch: list[Entry]) -> list[tuple[Entry, Exception]
         half = len(batch) // 2
         return send_all(sender, batch[:half]) + send_all(sender, batch[half:])
     return []
-
-
-def replay(path: Path) -> Replayed:
-    """Stores what a file holds; what the server refuses stays in it, and without such entries it is removed. A step
-    that the run has is not stored again. Raises what the client does; what is not stored yet then stays in the file."""
-    head, *entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    sender = Sender(head["uri"], head["run_id"])
-    metrics = sorted((e for e in entries if e["kind"] == "metric"), key=lambda e: int(e["step"]))
-    batches = [metrics[start : start + BATCH_METRICS] for start in range(0, len(metrics), BATCH_METRICS)]
-    batches += [[e] for e in entries if e["kind"] not in ("metric", "status")]
-    batches += [[e] for e in entries if e["kind"] == "status"]
-    refused: list[Entry] = []
-    for number, batch in enumerate(batches):
-        try:
-            refused += [entry for entry, _ in send_all(sender, batch)]
-        except Exception:
-            left = [entry for some in batches[number:] for entry in some]
-            write_whole(path, lines_of([head, *left, *refused]))
-            raise
-    if refused:
-        write_whole(path, lines_of([head, *refused]))
-    else:
-        path.unlink()
-    return Replayed(len(entries) - len(refused), len(refused))

@@ -7,7 +7,7 @@ A batch whose loss is not finite on some rank is left out on all of them, or end
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -21,10 +21,9 @@ from roo_ray.models.objective import logits_of, retrieval_towers
 from roo_ray.models.retrieval import retrieval_loss
 from roo_ray.training.agreement import Agreement, Flags, agree, lanes_alive
 from roo_ray.training.clock import TrainingClock
+from roo_ray.training.requests_of import requests_by_rank
 from roo_ray.training.sharding import ShardedModel
 from roo_ray.training.timing import StepTimes
-
-NAMED = 20  # request ids in an error, of each rank
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,8 @@ class Trained:
 class Trainer:
     """Takes steps. ``task_weights`` (K,); ``exploded``: train on the impression-level form; ``skips``: leave a batch
     out where its loss is not finite; ``says``: the flags of this rank but ``not_finite``; ``clock``: when training
-    ends; ``names``: the request ids of this rank's batch of a step, for an error."""
+    ends; ``names``: the request ids of this rank's batch of a step, for an error; ``begins``: called when the first
+    batch is there, from which on time counts."""
 
     model: ShardedModel
     task_weights: Tensor
@@ -58,6 +58,7 @@ class Trainer:
     says: Callable[[int], Flags]
     clock: TrainingClock
     names: Callable[[Step], list[str]]
+    begins: Callable[[], None] = lambda: None
     times: StepTimes = field(init=False)
     left: Step = field(init=False)
 
@@ -68,8 +69,9 @@ class Trainer:
         What is left is then in ``self.left``. ``times`` gets a lap for each part, and may be exchanged by setting
         ``self.times``. Raises TrainingDiverged on all ranks."""
         self.times = times
-        self.left = coming = next(steps)
+        self.left = coming = replace(next(steps), wait_seconds=0.0)  # the start is nobody's wait
         self.clock.begin()
+        self.begins()
         alive = lanes_alive(coming.lanes_alive, device)
         self.times.start()
         taken = 0
@@ -134,13 +136,8 @@ class Trainer:
 
 def name_requests(every: list[list[str]]) -> str:
     """The message for the request ids of each rank whose loss is not finite."""
-    parts = []
-    for rank, names in enumerate(every):
-        if names:
-            more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
-            parts.append(f"rank {rank}: {', '.join(names[:NAMED])}{more}")
     return (
         "the loss is not finite (NaN or infinite), and nothing was updated with it; requests of the batch, by rank: "
-        f"{'; '.join(parts) or 'no rank can name them'}. Look at their features, lower the learning rates, or set "
+        f"{requests_by_rank(every)}. Look at their features, lower the learning rates, or set "
         "training.on_nan=skip to leave such batches out"
     )

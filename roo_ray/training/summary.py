@@ -11,7 +11,8 @@ def number(value: float | None) -> str:
 
 
 def quality_rows(metrics: Mapping[str, float]) -> list[list[str]]:
-    """Per task: NE, AUC, GAUC, calibration on held-out data, and the Bayes optimum where it is known."""
+    """Per task: NE, AUC, GAUC, calibration on held-out data, and the Bayes optimum where it is known. Of
+    retrieval, recall too."""
     rows = []
     tasks = [name.split("/")[1] for name in metrics if name.startswith("eval/") and name.endswith("/ne")]
     for task in tasks:
@@ -27,6 +28,10 @@ def quality_rows(metrics: Mapping[str, float]) -> list[list[str]]:
             value = metrics.get(f"eval/{task}/{name}")
             if value is not None and (value == value or not name.startswith("bayes")):
                 rows.append([f"{task}: {title}", number(value)])
+    recalls = [name for name in metrics if name.startswith("eval/recall_at_")]
+    rows += [[f"recall at {name.rpartition('_')[2]}", number(metrics[name])] for name in recalls]
+    if recalls:
+        rows.append(["items looked through", f"{metrics['eval/items']:,.0f}"])
     return rows
 
 

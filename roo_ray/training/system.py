@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import psutil
+
 from roo_ray.training.tracking import RunLogger
 
 SECONDS_BETWEEN_SAMPLES = 10.0  # a sample costs about 20 ms of CPU
@@ -17,7 +19,7 @@ SECONDS_BETWEEN_SAMPLES = 10.0  # a sample costs about 20 ms of CPU
 def system_metrics(logger: RunLogger) -> Iterator[None]:
     """Samples while the block runs, in a thread, into the run's queue: a server that is down or slow neither stops the
     block nor the sampling. A sample's step is its number since the run began, so that a restarted run goes on with
-    its steps. Nothing where tracking is off. GPUs need ``nvidia-ml-py``."""
+    its steps. Nothing where tracking is off. GPUs need ``nvidia-ml-py`` (extra ``gpu``)."""
     if logger.run.uri is None:
         yield
         return
@@ -32,6 +34,7 @@ def system_metrics(logger: RunLogger) -> Iterator[None]:
 
 def _sample(logger: RunLogger, ended: threading.Event) -> None:
     monitors = _monitors()
+    psutil.cpu_percent()  # it gives the share since a thread's call before, and 0 in a new thread
     while not ended.wait(SECONDS_BETWEEN_SAMPLES):
         values: dict[str, float] = {}
         for monitor in monitors:

@@ -11,13 +11,18 @@ import torch.distributed as dist
 
 @dataclass
 class Throughput:
-    """Adds up what a rank did since ``begin``. ``wait_seconds``: time the rank stood waiting for its batch."""
+    """Adds up what a rank did since ``begin``: its making, or ``start``. ``wait_seconds``: time the rank stood waiting
+    for its batch."""
 
     requests: int = 0
     impressions: int = 0
     steps: int = 0
     wait_seconds: float = 0.0
-    begin: float = field(default_factory=time.perf_counter)
+    begin: float = field(default_factory=lambda: time.perf_counter())
+
+    def start(self) -> None:
+        """The first batch is there: what went by before, the start of the reading, is not counted."""
+        self.begin = time.perf_counter()
 
     def add(self, requests: int, impressions: int, wait_seconds: float) -> None:
         """Counts a step."""

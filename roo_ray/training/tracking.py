@@ -18,10 +18,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from roo_ray.config import Tracking
@@ -29,14 +28,17 @@ from roo_ray.errors import ClusterError, ConfigError, Stopped
 from roo_ray.redact import redact, redact_text
 from roo_ray.source_config import home
 from roo_ray.training.outbox import Outbox
-from roo_ray.training.spool import Entry
+from roo_ray.training.spool import Entry, is_refusal
 
 EXPERIMENT_KIND = "mlflow.experimentKind"  # its pages are for models, not for chats
 RUN_KEY_TAG = "roo_ray.run"
+COMMIT_VARIABLE = "ROO_RAY_COMMIT"
 TRAINED_TAG = "data_digest"  # the first thing that a training tags its run with
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # its notes on creating tables
 MAX_PARAM_LENGTH = 6000
 SERVER_TIMEOUT_S = 10.0
+RETRY_SECONDS = 2.0
+Result = TypeVar("Result")
 # MLflow's own retries would take up to 15 minutes a call; the outbox tries again by itself
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -80,13 +82,18 @@ def open_run(
     reopen: bool = False,
     begun: bool = True,
     parent: RunHandle | None = None,
+    patience: float = 0.0,
 ) -> RunHandle:
     """Makes the run of a job; with ``reopen``, goes on with the newest run of this job and name where there is one.
     ``begun`` False: the job's storage has nothing of such a run; one that has trained (``TRAINED_TAG``) was of what has
     been removed since, is left as it is, and a new one is made. MLflow shows it under ``parent``.
 
-    Raises ConfigError where the store cannot be reached.
+    Raises ConfigError where the store cannot be reached, for ``patience`` seconds.
     """
+    if patience and settings.enabled:
+        return patiently(
+            lambda: open_run(settings, job, run_name, nodes, reopen=reopen, begun=begun, parent=parent), patience
+        )
     if not settings.enabled:
         return RunHandle(None)
     from mlflow.exceptions import MlflowException
@@ -119,6 +126,31 @@ def open_run(
     except MlflowException as error:
         raise ConfigError(redact_text(f"MLflow store {uri}: {error}")) from None
     return RunHandle(uri, info.run_id, experiment_id, info.start_time / 1000)
+
+
+def to_stderr(line: str) -> None:
+    """Prints a line beside what the job prints."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def patiently(action: Callable[[], Result], seconds: float, say: Callable[[str], None] = to_stderr) -> Result:
+    """What ``action`` returns, which asks a store: where that does not answer, it is tried again for so many seconds,
+    after one line. Raises what it raises then, and at once where the store refuses."""
+    from mlflow.exceptions import MlflowException
+
+    end, said = time.monotonic() + seconds, False
+    while True:
+        try:
+            return action()
+        except (ConfigError, MlflowException) as error:
+            if is_refusal(error) or time.monotonic() >= end:
+                raise
+            if not said:
+                said = True
+                say(
+                    redact_text(f"MLflow does not answer ({str(error).strip()[:200]}): waiting for it, {seconds:.0f} s")
+                )
+        time.sleep(min(RETRY_SECONDS, seconds))
 
 
 def find_run(settings: Tracking, run_id: str) -> RunHandle:
@@ -170,11 +202,22 @@ def software() -> dict[str, str]:
     tags = {f"version.{name.removesuffix('-skinny')}": installed[name] for name in names if name in installed}
     tags |= {"version.python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     tags["mlflow.source.name"] = os.path.basename(sys.argv[0])
-    root = Path(__file__).parents[2]
-    commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    if commit.returncode == 0:
-        tags["mlflow.source.git.commit"] = commit.stdout.strip()
-    return tags
+    commit = source_commit()
+    return tags | ({"mlflow.source.git.commit": commit} if commit else {})
+
+
+def source_commit() -> str:
+    """The commit of the code that runs: where it is installed ``ROO_RAY_COMMIT``, which the images set (they have no
+    git), in a checkout what git says; empty where it is not known, as of a submitted working directory."""
+    code = Path(__file__).parents[2]
+    if code.name in ("site-packages", "dist-packages"):
+        return os.environ.get(COMMIT_VARIABLE, "").strip()
+    command = ["git", "-C", str(code), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -201,7 +244,7 @@ class RunLogger:
         self.run = handle
 
         def show(line: str) -> None:
-            (say or partial(print, file=sys.stderr, flush=True))(redact_text(line))
+            (say or to_stderr)(redact_text(line))
 
         self._say = show
         self._end_wait = end_wait
@@ -210,11 +253,14 @@ class RunLogger:
         if self._outbox is not None:
             atexit.register(self.close)
 
-    def params(self, content: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    def params(self, content: Mapping[str, Any], patience: float = 0.0) -> dict[str, tuple[str, str]]:
         """Logs nested parameters, flattened, and waits for it; a reopened run keeps what it has. Returns those that
-        differ now: name -> (as logged, now)."""
+        differ now: name -> (as logged, now). Raises what the client does where the store does not answer, for
+        ``patience`` seconds."""
         if self._outbox is None:
             return {}
+        if patience:
+            return patiently(lambda: self.params(content), patience, self._say)
         from mlflow.entities import Param
 
         client = self._outbox.sender.client

@@ -6,10 +6,10 @@ A rank without data takes part with a weightless dummy request. Checkpoints are 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from statistics import fmean
 from typing import Literal, NoReturn
 
 import ray
@@ -25,42 +25,45 @@ from roo_ray.errors import Evicted, RooError, Stopped, TrainingDiverged
 from roo_ray.ingest.device import on_device
 from roo_ray.ingest.plan import Position
 from roo_ray.ingest.stream import RankStream, Step, StreamSettings, shared_feed
-from roo_ray.metrics.collection import RankingMetrics
 from roo_ray.metrics.curves import CURVES_FILE
+from roo_ray.models.attention import say_fallbacks
 from roo_ray.models.cost import training_megaflops
 from roo_ray.models.keyed_random import set_epoch
 from roo_ray.redact import guard_process
 from roo_ray.training import checkpoint, evaluation
 from roo_ray.training.agreement import Flags
-from roo_ray.training.build import build_model
+from roo_ray.training.build import build_model, choose_algorithms
 from roo_ray.training.clock import TrainingClock
 from roo_ray.training.counts import Counts, unreadable
 from roo_ray.training.job import WorkerJob
 from roo_ray.training.positions import position_over_ranks, refuse_another_stream
 from roo_ray.training.requests_of import request_ids
 from roo_ray.training.saver import KEEP_SCORE, Saver, keep_score, name_of
-from roo_ray.training.signals import StopWatch, watch_worker
+from roo_ray.training.signals import watch_worker
+from roo_ray.training.soundness import overflowed
 from roo_ray.training.steps import Trainer
 from roo_ray.training.throughput import Throughput
 from roo_ray.training.tracking import RunHandle, RunLogger
-from roo_ray.training.window import Window
+from roo_ray.training.window import Window, WindowLog
 
 
 class Worker:
     """One rank of a job; see the module's docstring."""
 
-    def __init__(self, job: WorkerJob) -> None:
-        self.job = job
+    def __init__(self, job: WorkerJob, stop: threading.Event) -> None:
+        self.job, self.stop = job, stop  # set where the job is to end
         self.config, self.schema = job.config, job.config.request_schema
         self.tasks = [label.name for label in self.schema.labels]
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        choose_algorithms(self.config.training)
         self.device = get_device()
         guard_process()
         session.place_data(session.Placing.of(self.config.ray))
         if self.device.type == "cpu":
             torch.set_num_threads(self.config.training.threads_per_worker)
             keep_freed_memory()  # every step works on arrays of much the same sizes
+        say_fallbacks(lambda line: self.say(f"warning: {line}"))
         self.model = build_model(self.config, job, self.device)
         handle = job.run if self.rank == 0 else RunHandle(None)
         self.logger = RunLogger(handle, self.say, self.config.tracking.end_wait_seconds)
@@ -69,17 +72,17 @@ class Worker:
         self.trained_to: Position | None = None  # where the epoch that was last trained on has ended
         self.saved_as: str | None = None  # the checkpoint that was last written or loaded
         self.counts = Counts.since({})
-        self.lifetime = RankingMetrics(self.tasks)  # of all training, over all ranks; the same on every rank
+        self.windows = WindowLog(self.config, self.logger, self.say)
         self.cost = training_megaflops(self.schema, self.config.model)
         self.clock = TrainingClock(self.config.training.max_seconds)
         self.saved_at, self.failed_saves, self.overdue = time.monotonic(), 0, False
         storage = context.get_storage()
         self.storage, self.folder = storage.storage_filesystem, storage.experiment_fs_path
-        self.stopping: StopWatch | None = None
         if job.mode == "train":
             self.saver = Saver(self.storage, self.folder, self.rank, self.world, self.logger.keep)
+            if job.sign is not None:
+                self.saver.require_shared(job.sign)
             self.evicted = watch_worker()
-            self.stopping = StopWatch(job.board) if self.rank == 0 else None
 
     def say(self, line: str) -> None:
         """A progress line on the job's terminal, from rank 0."""
@@ -133,7 +136,7 @@ class Worker:
         stream, settings = self.stream("evaluation", holdout), self.config.evaluation
         try:
             values, curves = evaluation.evaluate(
-                self.model, self.schema, stream, self.device, self.say, settings, self.rank, self.wishes
+                self.model, self.schema, stream, self.device, self.say, settings, self.rank, self.wishes, self.job.items
             )
         except evaluation.CutShort as cut:
             self.leave_evaluation(cut.stop)
@@ -146,8 +149,7 @@ class Worker:
         """Whether this rank was told to leave, or to end the job."""
         if self.job.mode != "train":
             return Flags()
-        stop = self.stopping is not None and self.stopping.stop.is_set()
-        return Flags(evicted=self.evicted.is_set(), stop=stop)
+        return Flags(evicted=self.evicted.is_set(), stop=self.stop.is_set())
 
     def flags(self, taken: int) -> Flags:
         """What this rank says in the agreement of the step in progress."""
@@ -165,6 +167,12 @@ class Worker:
         all. Raises TrainingDiverged, Evicted and Stopped on all ranks together."""
         settings, ingest = self.config.training, stream.settings.ingest
         set_epoch(self.model.module, settings.seed, epoch)
+        total, window = Throughput(), Window(self.tasks, self.device)
+
+        def begin() -> None:
+            for counted in (total, window.throughput):
+                counted.start()
+
         trainer = Trainer(
             model=self.model,
             task_weights=torch.tensor([x.weight for x in self.schema.labels], device=self.device),
@@ -175,8 +183,8 @@ class Worker:
             says=self.flags,
             clock=self.clock,
             names=lambda step: request_ids(stream.settings, epoch, step),
+            begins=begin,
         )
-        total, window = Throughput(), Window(self.tasks, self.device)
         coming = on_device(stream.epoch(epoch), self.device, lambda s: trainer.times.add("host_to_device", s))
         ends_below = ingest.lanes if ingest.drop_last else 1
         last: Step | None = None
@@ -194,13 +202,15 @@ class Worker:
                 throughput.add(step.requests, step.impressions, step.wait_seconds)
             window.order.add(step, agreement.balance)
             self.counts.add(step, taken.skipped)
-            if agreement.ranks["written"] == self.world:
-                self.collect()
+            if agreement.ranks["written"] == self.world and not taken.skipped:
+                self.collect()  # this step was finite from the weights that were written
             leaves = agreement.any("evicted") or agreement.any("stop")
-            saves = agreement.any("checkpoint") or leaves
+            due = agreement.any("checkpoint")
+            self.overdue = self.overdue or (due and taken.skipped)  # weights may be why the batch was left out
+            saves = leaves or (due and not taken.skipped)
             if saves or self.steps_done % settings.log_every == 0:
                 trainer.times.lap("other")
-                self.log_window(epoch, window)
+                self.windows.log(window, epoch, self.steps_done)
                 window = Window(self.tasks, self.device)
                 trainer.times = window.times
             if saves:
@@ -209,15 +219,17 @@ class Worker:
             if leaves:
                 self.leave(agreement.any("stop"))
             last = step
-        if window.losses:
-            self.log_window(epoch, window)
-        self.trained_to = self.position
-        if last is not None:
-            self.trained_to = position_over_ranks(epoch, last, ingest.lanes, ingest.window_units, self.device)
-        if ingest.drop_last and not trainer.clock.is_over():
-            self.count_dropped(trainer.left, coming, epoch)
+        self.windows.log(window, epoch, self.steps_done)
+        over, end = trainer.clock.is_over(), last
+        if ingest.drop_last and not over:
+            end = self.count_dropped(trainer.left, coming, epoch)
         elif not trainer.left.lanes_alive:  # the end, not the clock's: what lanes passed over behind their last batches
-            self.counts.add(trainer.left)
+            end = trainer.left
+            self.counts.add(end)
+        self.trained_to = self.position
+        if last is not None or not over:  # it lies behind all that was counted
+            assert end is not None
+            self.trained_to = position_over_ranks(epoch, end, ingest.lanes, ingest.window_units, self.device)
         counted = self.counts.over_ranks(self.device)
         metrics = total.over_ranks(self.device, "epoch") | self.unreadable(counted, epoch)
         if counted["skipped_requests"]:
@@ -255,8 +267,9 @@ class Worker:
                 "checkpoint before"
             )
 
-    def count_dropped(self, step: Step, steps: Iterator[Step], epoch: int) -> None:
-        """Reads to the end of an epoch that ``drop_last`` has ended, and says what was dropped (collective)."""
+    def count_dropped(self, step: Step, steps: Iterator[Step], epoch: int) -> Step:
+        """Reads to the end of an epoch that ``drop_last`` has ended, and says what was dropped (collective). Returns
+        the end."""
         dropped = 0
         while step.lanes_alive:
             dropped += step.requests
@@ -268,6 +281,7 @@ class Worker:
         if int(total):
             self.logger.metrics({"epoch/dropped_requests": float(total)}, self.steps_done)
             self.say(f"epoch {epoch + 1}: ingest.drop_last drops the last {int(total):,} requests")
+        return step
 
     def unreadable(self, counted: dict[str, int], epoch: int) -> dict[str, float]:
         """What ``ingest.on_bad_shard: skip`` has passed over in an epoch, where it has."""
@@ -279,48 +293,35 @@ class Worker:
         )
         return {"epoch/skipped_requests": float(skipped)}
 
-    def log_window(self, epoch: int, window: Window) -> None:
-        """Logs the steps since the last call, over all ranks (collective)."""
-        if not window.losses:
-            return
-        losses, values = window.over_ranks(self.lifetime, self.config.ingest.interleave is not None)
-        for step, loss in losses:
-            self.logger.metrics({"train/loss": loss}, step)
-        self.logger.metrics(values, self.steps_done)
-        task = self.tasks[0]
-        self.say(
-            f"epoch {epoch + 1}/{self.config.training.epochs}  step {self.steps_done}  "
-            f"loss {fmean(loss for _, loss in losses):.4f}  {task} NE {values[f'train/{task}/ne']:.4f}  "
-            f"{values['train/requests_per_second']:,.0f} requests/s  "
-            f"{values['train/impressions_per_second']:,.0f} impressions/s  "
-            f"data wait {values['train/data_wait_share']:.1%}"
-        )
-
     # ---- checkpoints ---------------------------------------------------------------------------------
 
     def run_tensors(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds beside the model: the metrics of all training so far, and this rank's random
-        number generators."""
-        tensors = {"lifetime": self.lifetime.state_tensor().cpu(), f"rng_{self.rank}": torch.get_rng_state()}
+        """What a checkpoint holds beside the model: the metrics of training so far, and this rank's random number
+        generators."""
+        tensors = self.windows.quality.tensors() | {f"rng_{self.rank}": torch.get_rng_state()}
         if self.device.type == "cuda":
             tensors[f"rng_cuda_{self.rank}"] = torch.cuda.get_rng_state(self.device)
         return tensors
 
     def restore(self, source: ray.train.Checkpoint, weights_only: bool = False) -> None:
-        """Loads a checkpoint and takes its position, or only what was learnt. Raises ConfigError where training would
-        go on in another order (other data, schema, truncation, seed, lanes, budgets, cost coefficients or holdout)."""
+        """Loads a checkpoint and takes its position, or only what was learnt; to be evaluated, the model alone. Raises
+        ConfigError where training would go on in another order (other data, schema, truncation, seed, lanes, budgets,
+        cost coefficients or holdout)."""
+        if self.job.mode == "evaluate":
+            with source.as_directory() as folder:
+                checkpoint.load_weights(folder, self.model)
+            return
         run = self.run_tensors()
         with source.as_directory() as folder:
             state = checkpoint.load(folder, self.model, run)
         if weights_only:
             return
-        if self.job.mode == "train":
-            refuse_another_stream(source.path, state.plan, self.job.plan)
+        refuse_another_stream(source.path, state.plan, self.job.plan)
         self.epochs_done, self.steps_done, self.skipped = state.epoch, state.step, state.skipped
         self.clock.go_on(state.seconds, within=state.position is not None)
         self.saved_as = name_of(state.epoch, state.step)
-        if "lifetime" in run:
-            self.lifetime.load_state_tensor(run["lifetime"])
+        self.windows.quality.go_on(run)
+        self.windows.totals = dict(state.totals)
         if f"rng_{self.rank}" in run:
             torch.set_rng_state(run[f"rng_{self.rank}"])
         if self.device.type == "cuda" and f"rng_cuda_{self.rank}" in run:
@@ -349,10 +350,11 @@ class Worker:
             metrics=checkpoint.finite(metrics),
             skipped=self.skipped,
             seconds=self.clock.passed if position is not None else self.clock.reached(),
+            totals=dict(self.windows.totals),
         )
         name = name_of(self.epochs_done, self.steps_done)
         begin = time.perf_counter()
-        self.saver.begin(name, self.model, state, metrics, self.run_tensors())
+        self.saver.begin(name, self.model, state, metrics | self.windows.lifetime(), self.run_tensors())
         self.logger.metrics({"checkpoint/copy_ms": 1000 * (time.perf_counter() - begin)}, self.steps_done)
         self.saved_at, self.overdue = time.monotonic(), False
         if wait:
@@ -360,9 +362,12 @@ class Worker:
 
     def collect(self, required: bool = False) -> None:
         """Reports the checkpoint that was written to Ray Train (collective). One that could not be written is said
-        and counted; the run goes on, unless this one is ``required``, which raises RooError."""
+        and counted; the run goes on, unless this one is ``required``, which raises RooError. Raises TrainingDiverged
+        where the state was not finite."""
         written = self.saver.collect()
         name = written.path.rsplit("/", 1)[-1]
+        if written.diverged:
+            raise overflowed(name, written.problem, self.saved_as)
         if written.problem is None:
             self.saved_as = name
             begin = time.perf_counter()

@@ -11,13 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from sklearn.metrics import roc_auc_score
 
 from roo_ray.errors import DataError
 from roo_ray.metrics.held_out import HeldOutScores, exact_auc_over_ranks, read_scores
 from tests.metrics.reference import pair_gauc
 from tests.models.batches import random_batch, schema
+from tests.processes import start_ranks
 
 TASKS = ["click", "buy"]
 RANKS = 3
@@ -67,7 +67,7 @@ def _rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("held_out")
-    mp.spawn(_rank, args=(str(folder),), nprocs=RANKS)
+    start_ranks(_rank, (str(folder),), RANKS)
     return folder
 
 
@@ -118,6 +118,18 @@ def test_incomplete_scores_are_refused(folder: Path, tmp_path: Path) -> None:
     part = pq.read_table(tmp_path / "part-00000.parquet")
     pq.write_table(part.slice(1), tmp_path / "part-00000.parquet")
     with pytest.raises(DataError, match="scored impressions"):
+        read_scores(str(tmp_path))
+
+
+def test_scores_over_older_ones_are_complete_only_when_they_are_written(folder: Path, tmp_path: Path) -> None:
+    for path in (folder / "scores").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    read_scores(str(tmp_path))
+    (tmp_path / "part-00000.parquet").unlink()
+    (tmp_path / "part-00000.parquet").mkdir()  # cannot be written
+    with pytest.raises(OSError, match="part-00000"):
+        HeldOutScores(TASKS, 100).write(str(tmp_path), 0)
+    with pytest.raises(DataError, match="no complete scores"):
         read_scores(str(tmp_path))
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss, roc_auc_score
@@ -18,6 +17,7 @@ from roo_ray.errors import DataError, RooError
 from roo_ray.metrics.auc import exact_auc
 from roo_ray.metrics.collection import RankingMetrics
 from tests.metrics.reference import pair_auc, pair_gauc, random_batch
+from tests.processes import start_ranks
 
 TASKS = ["click", "like"]
 
@@ -155,7 +155,7 @@ def _rank(rank: int, folder: str) -> None:
 
 
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
-    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    start_ranks(_rank, (str(tmp_path),), 2)
     expected = measured(random_batch(7, 30)).compute()
     for rank in range(2):
         assert torch.load(tmp_path / f"{rank}.pt") == pytest.approx(expected, rel=1e-12)

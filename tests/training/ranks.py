@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from roo_ray.config import Embeddings, Model, Training
 from roo_ray.ingest.batch import RequestBatch, dummy_batch
 from roo_ray.models.losses import ranking_loss
 from roo_ray.models.ranking import RankingModel
+from roo_ray.schema import Schema
 from roo_ray.training.sharding import ShardedModel, shard
 from tests.models.batches import random_batch, schema
+from tests.processes import start_ranks
 
 # row-wise from 20 rows on: with the test schema's tables that mixes row-wise and table-wise
 TRAINING = Training(row_wise_from=20, embedding_lr=0.1, dense_lr=0.01)
@@ -38,15 +39,17 @@ def _entry(rank: int, world: int, folder: str, function: Callable[..., Any], arg
 def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """``[function(rank, world, *args) for every rank]``, each rank a process of one gloo group."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_entry, args=(world, folder, function, args), nprocs=world)
+        start_ranks(_entry, (world, folder, function, args), world)
         return [torch.load(Path(folder) / f"result{rank}.pt") for rank in range(world)]
 
 
-def sharded_model(embeddings: Embeddings | None = None) -> ShardedModel:
+def sharded_model(
+    embeddings: Embeddings | None = None, of: Schema | None = None, towers: str | None = None
+) -> ShardedModel:
     """A sharded model with seeded weights."""
     torch.manual_seed(0)
-    settings = MODEL.model_copy(update={"embeddings": embeddings or Embeddings()})
-    model = RankingModel(schema(), settings, sparse_device=torch.device("meta"))
+    settings = MODEL.model_copy(update={"embeddings": embeddings or Embeddings(), "towers": towers})
+    model = RankingModel(of or schema(), settings, sparse_device=torch.device("meta"))
     return shard(
         model, TRAINING, torch.device("cpu"), batch_requests=4, ids_per_request={}, embeddings=settings.embeddings
     )
@@ -59,14 +62,24 @@ def lane_batches(step: int) -> list[RequestBatch]:
     return lanes if step == 0 else lanes[:5]
 
 
-def train_steps(model: ShardedModel, rank: int, world: int, steps: range, *, explode: bool = False) -> list[float]:
+def train_steps(
+    model: ShardedModel,
+    rank: int,
+    world: int,
+    steps: range,
+    *,
+    explode: bool = False,
+    of: Schema | None = None,
+    lanes_of: Callable[[int], list[RequestBatch]] = lane_batches,
+) -> list[float]:
     """Trains on the rank's lanes of each step's global batch; the losses of the global batches."""
     losses = []
-    task_weights = torch.tensor([label.weight for label in schema().labels])
+    of = of or schema()
+    task_weights = torch.tensor([label.weight for label in of.labels])
     for step in steps:
-        lanes = lane_batches(step)
+        lanes = lanes_of(step)
         mine = lanes[rank::world]
-        batch = RequestBatch.concat(mine) if mine else dummy_batch(schema())
+        batch = RequestBatch.concat(mine) if mine else dummy_batch(of)
         if explode:
             batch = batch.explode()
         known = torch.stack([lane.weights.sum(0) for lane in lanes]).sum(0)

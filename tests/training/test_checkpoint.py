@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pickle
+import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs as pafs
 import pytest
 import torch
 
@@ -78,6 +81,28 @@ def loads_and_continues(world: int, folder: Path, again: Path, reference: dict[s
     assert checkpoint.read_state(folder).request_schema() == schema()
 
 
+def test_state_and_size_of_a_remote_checkpoint_are_read_without_its_tensors(
+    saved: tuple[Path, dict[str, Any]], bucket: Callable[[str], str]
+) -> None:
+    """The tensors' files are there, of the size that is listed, and hold nothing."""
+    folder, reference = saved
+    remote, base = pafs.FileSystem.from_uri(bucket("runs/one/c"))
+    state = checkpoint.read_state(folder)
+    for name in (*state.files, checkpoint.STATE_FILE):
+        content = bytes(state.files[name]) if name.endswith(".distcp") else (folder / name).read_bytes()
+        with remote.open_output_stream(f"{base}/{name}") as stream:
+            stream.write(content)
+    assert checkpoint.read_state(bucket("runs/one/c")) == state
+    weights = sum(value.nbytes for name, value in reference["saved"].items())
+    assert checkpoint.model_bytes(bucket("runs/one/c")) == checkpoint.model_bytes(str(folder)) == weights
+    with remote.open_output_stream(f"{base}/__1_0.distcp") as stream:
+        stream.write(b"cut short")
+    with pytest.raises(DataError, match=r"^s3://\*\*\*@bucket/runs/one/c\S* is not .*: __1_0.distcp has 9"):
+        checkpoint.read_state(bucket("runs/one/c"))
+    with pytest.raises(DataError, match=r"it has no \.metadata"):
+        checkpoint.model_bytes(bucket("runs/another"))
+
+
 @pytest.mark.parametrize("lost", ["__1_0.distcp", ".metadata", "state.json"])
 def test_incomplete_checkpoint_is_refused(lost: str, saved: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     copy = tmp_path / "copy"
@@ -108,6 +133,17 @@ def test_damaged_metadata_and_state_are_named(saved: tuple[Path, dict[str, Any]]
     (copy / ".metadata").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match="damaged"):
         SafeReader(copy).read_metadata()
+    refused, draw = set[str](), random.Random(0)
+    for _ in range(600):  # of the size that state.json names
+        damaged = bytearray(whole)
+        for at in draw.sample(range(len(whole)), draw.choice((1, 3, 40))):
+            damaged[at] = draw.randrange(256)
+        (copy / ".metadata").write_bytes(damaged)
+        try:
+            SafeReader(copy).read_metadata()
+        except DataError as error:
+            refused.add(str(error).partition("damaged: ")[2].partition(":")[0])
+    assert len(refused) > 4  # whatever the unpickler makes of it
     (copy / "state.json").write_text("{")
     with pytest.raises(DataError, match=r"state\.json is not valid"):
         checkpoint.read_state(copy)

@@ -45,6 +45,7 @@ def test_weights_of_another_model_are_refused_with_the_difference(tmp_path: Path
     weights = checkpoint_of(config, tmp_path / "c")
     refuse_other_weights(config, weights)
     refuse_other_weights(small_config(tmp_path, "model.dropout=0.2", "training.dense_lr=0.5"), weights)
+    refuse_other_weights(small_config(tmp_path, "model.embeddings.pooled=[topic]"), weights)
     for option, words in (
         ("model.layers=1", "model.layers was 2 and is 1"),
         ("model.heads=4", "model.heads was 2 and is 4"),

@@ -10,9 +10,9 @@ from torch import nn
 from torchrec import EmbeddingCollection, EmbeddingConfig
 from torchrec.distributed.planner import EmbeddingShardingPlanner
 
-from roo_ray.config import Training
+from roo_ray.config import Embeddings, Training
 from roo_ray.errors import ConfigError
-from roo_ray.training.hosts import TABLES_SHARE, Place, describe, host_memory, topology
+from roo_ray.training.hosts import TABLES_SHARE, Place, describe, free_memory, host_memory, topology
 from roo_ray.training.sharding import TableSharder, describe_plan, shard, table_constraints
 from tests.training.ranks import one_rank
 
@@ -45,6 +45,27 @@ def test_a_container_has_what_its_limit_says(tmp_path: Path) -> None:
     assert host_memory(tmp_path) == everything
     (tmp_path / "memory.max").write_text("1000000\n")
     assert host_memory(tmp_path) == 1_000_000
+
+
+@pytest.mark.parametrize(("version", "prefix"), [(2, ""), (1, "total_")])
+def test_a_container_has_free_what_its_limit_leaves(version: int, prefix: str, tmp_path: Path) -> None:
+    """What it holds of files is given back when it is wanted; Ray's object store in /dev/shm is no file."""
+    folder = tmp_path / "memory" if version == 1 else tmp_path
+    folder.mkdir(exist_ok=True)
+    limit, usage = (
+        ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    )
+    everything = free_memory(tmp_path)
+    assert everything > 2_000_000
+    (folder / usage).write_text("900000\n")
+    stat = f"shmem 500000\ninactive_file 1\n{prefix}inactive_file 200000\n{prefix}active_file 100000\n"
+    (folder / "memory.stat").write_text(stat)
+    (folder / limit).write_text("max\n")
+    assert free_memory(tmp_path) > 2_000_000
+    (folder / limit).write_text("1000000\n")
+    assert free_memory(tmp_path) == 400_000
+    (folder / usage).write_text("1400000\n")
+    assert free_memory(tmp_path) == 0
 
 
 def test_rows_are_cut_evenly() -> None:
@@ -84,3 +105,25 @@ def test_tables_larger_than_a_gpu_are_cached_on_it(rows: int, kernel: str) -> No
     )
     plan = planner.plan(model, [TableSharder()])
     assert [row["kernel"] for row in describe_plan(plan)] == [kernel]
+
+
+def test_a_data_parallel_table_is_whole_on_every_rank() -> None:
+    tables = [
+        EmbeddingConfig(name=name, num_embeddings=1000, embedding_dim=64, feature_names=[name])
+        for name in ("item", "user")
+    ]
+    model = nn.ModuleDict({"sparse": EmbeddingCollection(device=torch.device("meta"), tables=tables)})
+    embeddings = Embeddings(sharding={"item": "data_parallel"})
+    planner = EmbeddingShardingPlanner(
+        topology=topology([Place("a", 100 * GIB, 16 * GIB)] * 2, "cuda"),
+        constraints=table_constraints(model, 1000, 64, {}, embeddings, world_size=2, device_type="cuda"),
+    )
+    item, user = describe_plan(planner.plan(model, [TableSharder()]))
+    assert item == {
+        "table": "item",
+        "sharding": "data_parallel",
+        "kernel": "dense",
+        "pooled": False,
+        "shards": [{"rank": 0}, {"rank": 1}],
+    }
+    assert user["shards"] == [{"rank": 0, "rows": 500, "dim": 64}, {"rank": 1, "rows": 500, "dim": 64}]

@@ -9,7 +9,8 @@ import torch
 
 from roo_ray.config import Embeddings
 from roo_ray.training.sharding import describe_plan
-from tests.training.ranks import full_weights, run_ranks, sharded_model, train_steps
+from tests.models.batches import schema
+from tests.training.ranks import TRAINING, full_weights, run_ranks, sharded_model, train_steps
 
 
 def _train(rank: int, world: int, explode: bool) -> dict[str, Any]:
@@ -49,6 +50,33 @@ def test_training_changes_weights_and_plan_mixes_kinds(one_rank: dict[str, Any])
     assert kinds == {"item": "row_wise", "topic": "table_wise", "word": "row_wise", "tag": "row_wise"}
     for name, value in one_rank["start"].items():
         assert not torch.equal(one_rank["end"][name], value), f"{name} was not trained"
+
+
+def _first_step(rank: int, world: int) -> float:
+    model = sharded_model()
+    dense = [p for n, p in model.module.named_parameters() if "sparse" not in n]
+    before = [p.detach().clone() for p in dense]
+    train_steps(model, rank, world, range(1))
+    return max(float((p.detach() - b).abs().max()) for p, b in zip(dense, before, strict=True))
+
+
+def test_the_first_step_of_adam_is_its_first() -> None:
+    """Which moves a weight by the learning rate, whatever its gradient; the making of its state is no step."""
+    assert run_ranks(1, _first_step)[0] == pytest.approx(TRAINING.dense_lr, rel=1e-3)
+
+
+def _own_tables(rank: int, world: int) -> dict[str, float]:
+    model = sharded_model(towers="tests.models.own_towers:WithTables")
+    before = full_weights(model)
+    train_steps(model, rank, world, range(2))
+    return {name: float((value - before[name]).abs().max()) for name, value in full_weights(model).items()}
+
+
+def test_tables_of_a_teams_own_are_trained() -> None:
+    """By the dense optimizer, even under a name that a sharded table has."""
+    moved = run_ranks(1, _own_tables)[0]
+    assert {f"dense.embeddings.{table}.weight" for table in schema().tables} <= moved.keys()
+    assert all(by > 0 for by in moved.values()), moved
 
 
 OPTIONS = {

@@ -3,6 +3,7 @@ servers that hang. Nothing is lost where there is a place for it, and nothing ra
 
 from __future__ import annotations
 
+import json
 import resource
 import shutil
 import signal
@@ -20,7 +21,8 @@ from mlflow.tracking import MlflowClient
 from roo_ray.config import Tracking
 from roo_ray.training import system
 from roo_ray.training.outbox import Outbox
-from roo_ray.training.spool import Entry, Replayed, Spool, lines_of, replay, spool_folder
+from roo_ray.training.replay import Replayed, replay
+from roo_ray.training.spool import Entry, Spool, lines_of, spool_folder
 from roo_ray.training.tracking import RunHandle, RunLogger, open_run, store_problem
 
 
@@ -207,7 +209,9 @@ def test_what_a_spool_cannot_read_is_said(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "s")
     spool.append([point("a", step) for step in range(4)])
     assert [e["step"] for e in spool.take(3)] == [0, 1, 2]
-    assert [e["step"] for e in spool.rest()] == [3]
+    assert [json.loads(block)["step"] for block in spool.rest()] == [3]
     assert len(spool) == 1
     assert spool.take(5) == [point("a", 3)]
+    assert not len(spool)
+    spool.remove()  # once they are stored
     assert not (tmp_path / "s").exists()

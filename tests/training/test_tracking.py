@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.tracking import MlflowClient
 
 from roo_ray.config import Tracking
 from roo_ray.errors import ClusterError, ConfigError
+from roo_ray.training import tracking
 from roo_ray.training.tracking import (
+    COMMIT_VARIABLE,
     TRAINED_TAG,
     RunHandle,
     RunLogger,
@@ -19,6 +26,7 @@ from roo_ray.training.tracking import (
     tracking_uri,
     where_to_look,
 )
+from tests.cluster.heads import ROOT
 
 
 @pytest.fixture
@@ -75,6 +83,34 @@ def test_a_run_whose_storage_was_removed_gets_a_new_run(store: Tracking) -> None
     assert find_run(store, anew.run_id) == anew
 
 
+def test_a_job_is_tracked_where_there_is_no_git(
+    store: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the images, which say the commit of their code by themselves; a working directory's is not theirs."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv(COMMIT_VARIABLE, "0123abcd\n")
+    unknown = open_run(store, "build", "a", nodes=1)
+    monkeypatch.setattr(tracking, "__file__", "/usr/lib/python3.11/site-packages/roo_ray/training/tracking.py")
+    known = open_run(store, "build", "b", nodes=1)
+    client = MlflowClient(store.uri)
+    assert "mlflow.source.git.commit" not in client.get_run(unknown.run_id).data.tags
+    assert client.get_run(known.run_id).data.tags["mlflow.source.git.commit"] == "0123abcd"
+
+
+@pytest.mark.parametrize(("place", "commit"), [("site-packages", "0123abcd"), ("working_dir", "")])
+def test_the_image_says_the_commit_of_its_own_code_alone(place: str, commit: str, tmp_path: Path) -> None:
+    """A submitted working directory comes before it, and Ray leaves its ``.git`` behind."""
+    (tmp_path / place).mkdir()
+    (tmp_path / place / "roo_ray").symlink_to(ROOT / "roo_ray")
+    code = "from roo_ray.training import tracking; print(tracking.__file__, tracking.source_commit(), sep='\\n')"
+    env = os.environ | {"PYTHONPATH": str(tmp_path / place), COMMIT_VARIABLE: "0123abcd"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    file, said = done.stdout.removesuffix("\n").split("\n")
+    assert Path(file).is_relative_to(tmp_path / place)
+    assert said == commit
+
+
 def test_artifacts(store: Tracking) -> None:
     handle = open_run(store, "train", "b", nodes=1)
     logger = RunLogger(handle)
@@ -110,3 +146,25 @@ def test_sqlite_on_several_nodes_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 def test_unreachable_store_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nowhere"):
         open_run(Tracking(uri="nowhere://x"), "train", "a", nodes=1)
+
+
+def test_a_store_that_comes_back_is_waited_for_and_a_refusal_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.01)
+    lines: list[str] = []
+    answers: list[Exception] = [ConfigError("no MLflow server answers"), MlflowException("connection refused")]
+
+    def ask() -> str:
+        if answers:
+            raise answers.pop(0)
+        return "stored"
+
+    assert tracking.patiently(ask, 60, lines.append) == "stored"
+    assert len(lines) == 1
+    assert "no MLflow server answers" in lines[0]
+    answers = [MlflowException("too long", INVALID_PARAMETER_VALUE)]
+    with pytest.raises(MlflowException, match="too long"):
+        tracking.patiently(ask, 60, lines.append)
+    answers = [ConfigError("no MLflow server answers")] * 99_999
+    with pytest.raises(ConfigError):
+        tracking.patiently(ask, 0.05, lines.append)
+    assert len(lines) == 2
