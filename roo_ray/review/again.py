@@ -9,10 +9,11 @@ from roo_ray.errors import ConfigError
 from roo_ray.redact import redact_text
 from roo_ray.requests.manifest import load_manifest
 from roo_ray.review.record import Say, review_training
-from roo_ray.training.checkpoint import open_checkpoint, read_state
+from roo_ray.training.checkpoint import read_state
 from roo_ray.training.folder import RESULT_FILE, find_checkpoint, read_json
 from roo_ray.training.incremental import read_published
-from roo_ray.training.spool import replay, spool_folder
+from roo_ray.training.replay import replay
+from roo_ray.training.spool import spool_folder
 from roo_ray.training.tracking import RunHandle, find_run
 
 
@@ -33,8 +34,7 @@ def review_again(config: Config, run_name: str, say: Say) -> RunHandle:
             raise ConfigError(f"{path} stays, with what is not stored yet: {str(error).splitlines()[0]}") from None
         say(f"stored {done.stored:,} entries that waited in {path}")
     checkpoint = find_checkpoint(config, run_name)
-    with open_checkpoint(checkpoint).as_directory() as folder:
-        state = read_state(folder)
+    state = read_state(checkpoint)
     known = {"model": state.model, "request_schema": state.request_schema(), "run_name": run_name}
     manifest = load_manifest(config.requests, state.data_version)
     register = config.incremental is None or _is_published(config, run_name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -13,10 +13,11 @@ import pyarrow.fs as pafs
 
 from roo_ray import session
 from roo_ray.config import Config
-from roo_ray.errors import DataError
+from roo_ray.errors import ConfigError, DataError
 from roo_ray.metrics.bootstrap import Difference, Scored, paired_bootstrap
 from roo_ray.metrics.held_out import read_scores
-from roo_ray.storage import open_filesystem
+from roo_ray.redact import redact_text
+from roo_ray.storage import join_path, open_filesystem
 from roo_ray.training.launch import evaluate
 from roo_ray.training.tracking import RunHandle, RunLogger, open_run
 
@@ -58,10 +59,33 @@ def paired(first: pa.Table, second: pa.Table, task: str, unit: Unit) -> Scored:
     )
 
 
+def differences_of(
+    rows: Mapping[str, Scored], replicates: int, seed: int, say: Callable[[str], None]
+) -> dict[str, list[Difference]]:
+    """The differences of each task that has two units with known labels, or more; another one is said. Raises DataError
+    where no task has."""
+    found = {}
+    for task, of in rows.items():
+        if len(np.unique(of.unit)) < 2:
+            say(f"task '{task}' has {len(of.labels):,} known labels in the held-out data: it is not compared")
+        else:
+            found[task] = paired_bootstrap(of, replicates, seed)
+    if not found:
+        raise DataError("no task has known labels of two requests (or users) that could be resampled: evaluate on more")
+    return found
+
+
 @contextmanager
-def scratch_folder(path: str) -> Iterator[str]:
-    """The path; what is there is removed before and after the block."""
+def scratch_folder(path: str, storage: str) -> Iterator[str]:
+    """The path; what is there is removed before and after the block. Raises ConfigError where ``storage`` is that
+    folder or lies in it: all runs would be removed."""
     filesystem, base = open_filesystem(path)
+    _, kept = open_filesystem(storage)
+    if f"{kept.rstrip('/')}/".startswith(f"{base.rstrip('/')}/"):
+        raise ConfigError(
+            f"the folder for scores, {redact_text(path)}, would be removed with the storage in it, "
+            f"{redact_text(storage)}; write storage as a path or as a URI with its options after one '?'"
+        )
 
     def remove() -> None:
         if filesystem.get_file_info(base).type == pafs.FileType.Directory:
@@ -86,11 +110,14 @@ def compare_models(
     """Evaluates two checkpoints on the held-out data and logs their differences, with paired bootstrap intervals of
     95 %, as an MLflow run ``compare_models/<run_name>``."""
     tables, tasks = [], []
-    with scratch_folder(f"{config.storage}/{run_name}-scores") as scratch:  # every worker can write there
+    patience = config.tracking.series_wait_seconds
+    place = join_path(config.storage, f"{run_name}-scores")  # every worker can write there
+    with scratch_folder(place, config.storage) as scratch:
         for number, checkpoint in enumerate((first, second)):
-            scores = f"{scratch}/{number}"
+            scores = join_path(scratch, str(number))
             update = {"evaluation": config.evaluation.model_copy(update={"scores": scores})}
-            evaluate(config.model_copy(update=update), checkpoint, f"{run_name}-{'ab'[number]}", say)
+            name = f"{run_name}-{'ab'[number]}"
+            evaluate(config.model_copy(update=update), checkpoint, name, say, patience=patience if number else 0)
             table, of = read_scores(scores)
             tables.append(table)
             tasks.append(of)
@@ -98,13 +125,14 @@ def compare_models(
         raise DataError(f"the models have other tasks, {tasks[0]} and {tasks[1]}: they cannot be compared")
     say(f"resampling {unit}s {replicates:,} times")
     rows = {task: paired(tables[0], tables[1], task, unit) for task in tasks[0]}
-    differences = {task: paired_bootstrap(of, replicates, config.training.seed) for task, of in rows.items()}
-    run = open_run(config.tracking, "compare_models", run_name, session.alive_nodes())
+    differences = differences_of(rows, replicates, config.training.seed, say)
+    run = open_run(config.tracking, "compare_models", run_name, session.alive_nodes(), patience=patience)
     logger = RunLogger(run, say, config.tracking.end_wait_seconds)
     succeeded = False
     try:
-        logger.tags({"first": first, "second": second})
-        logger.params({"unit": unit, "replicates": replicates, "level": 0.95, "seed": config.training.seed})
+        not_compared = ", ".join(task for task in rows if task not in differences)
+        logger.tags({"first": first, "second": second, "not_compared": not_compared or "no task"})
+        logger.params({"unit": unit, "replicates": replicates, "level": 0.95, "seed": config.training.seed}, patience)
         for task, found in differences.items():
             for d in found:
                 values = {"first": d.first, "second": d.second, "difference": d.difference}

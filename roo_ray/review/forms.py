@@ -24,9 +24,10 @@ from roo_ray.review.history import Point, cumulative
 from roo_ray.review.record import PICTURES, log_dataset, never_fatal
 from roo_ray.review.sample import sample_requests, training_ratios
 from roo_ray.training.launch import TrainingResult, train
-from roo_ray.training.tracking import RunHandle, RunLogger, open_run
+from roo_ray.training.tracking import RunHandle, RunLogger, open_run, patiently
 
 Form = Literal["request", "impression"]
+SECONDS, SAMPLES = "train_lifetime/seconds", "train_lifetime/impressions"
 FORMS: tuple[Form, Form] = ("request", "impression")
 
 
@@ -50,24 +51,29 @@ class FormsCompared:
     run: RunHandle
 
 
-def _train(config: Config, form: Form, run_name: str, say: Callable[[str], None]) -> Trained:
+def _train(config: Config, form: Form, run_name: str, say: Callable[[str], None], first: bool = False) -> Trained:
     training = config.training.model_copy(update={"form": form})
-    result = train(config.model_copy(update={"training": training}), run_name, say)
+    patience = config.tracking.series_wait_seconds
+    result = train(config.model_copy(update={"training": training}), run_name, say, patience=0.0 if first else patience)
+    if SAMPLES not in result.metrics:
+        raise RooError(
+            f"run '{run_name}' is from before runs kept the total of what they were trained on: compare under another "
+            "run_name"
+        )
     client = MlflowClient(result.run.uri)
-    curve = cumulative(client, result.run.run_id, config.request_schema.labels[0].name)
 
-    def logged(name: str) -> list[float]:
-        return [point.value for point in client.get_metric_history(result.run.run_id, name)]
+    def read() -> tuple[list[Point], float]:
+        curve = cumulative(client, result.run.run_id, config.request_schema.labels[0].name)
+        return curve, client.get_run(result.run.run_id).data.metrics.get(SAMPLES, 0.0)
 
-    seconds, samples = logged("train/seconds"), logged("train/impressions")
-    require_all(run_name, sum(samples), logged("epoch/impressions"), result.metrics["epoch/impressions"])
-    return Trained(result, sum(seconds), sum(samples), curve)
+    curve, samples = patiently(read, patience, say)
+    require_all(run_name, samples, result.metrics[SAMPLES])
+    return Trained(result, result.metrics[SECONDS], result.metrics[SAMPLES], curve)
 
 
-def require_all(run_name: str, samples: float, epochs: list[float], last: float) -> None:
-    """Raises RooError where MLflow does not hold all that a training has logged: ``samples`` in its windows, against
-    those of its ``epochs``, of which the ``last`` is known from the training itself."""
-    trained = sum(epochs) if last in epochs else sum(epochs) + last
+def require_all(run_name: str, samples: float, trained: float) -> None:
+    """Raises RooError where MLflow does not hold all that a training has logged: its total of ``samples``, against
+    that which the training itself has ``trained`` on."""
     if samples < trained:
         raise RooError(
             f"MLflow holds {samples:,.0f} of the {trained:,.0f} impressions that run '{run_name}' was trained on, so "
@@ -111,7 +117,7 @@ def compare_forms(
     manifest = load_manifest(config.requests, config.requests_version)
     tasks = [label.name for label in config.request_schema.labels]
     config = config.model_copy(update={"serving": config.serving.model_copy(update={"log_model": False})})
-    same_data = {form: _train(config, form, f"{run_name}-{form}", say) for form in FORMS}
+    same_data = {form: _train(config, form, f"{run_name}-{form}", say, form == FORMS[0]) for form in FORMS}
     limit = seconds or same_data["request"].seconds / 2
     say(f"same wall time: {limit:.1f} s of training for both forms")
     training = config.training.model_copy(update={"max_seconds": limit})
@@ -136,11 +142,12 @@ def compare_forms(
         pair = [same_data[form].result.metrics[f"eval/{task}/ne"] for form in FORMS]
         metrics[f"same_data/{task}_ne_difference"] = pair[0] - pair[1]
 
-    run = open_run(config.tracking, "compare", run_name, session.alive_nodes())
+    patience = config.tracking.series_wait_seconds
+    run = open_run(config.tracking, "compare", run_name, session.alive_nodes(), patience=patience)
     logger = RunLogger(run)
     succeeded = False
     try:
-        logger.params(config.model_dump(mode="json", exclude={"request_schema"}))
+        logger.params(config.model_dump(mode="json", exclude={"request_schema"}), patience)
         logger.tags({"data_version": manifest.version, "data_digest": manifest.digest(), "data_set": config.requests})
         runs = {
             f"{arm}.{form}": of.result.run.run_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,11 @@ from mlflow.tracking import MlflowClient
 STEP_PARTS = "step/"
 NO_PARTS = {"step/total_ms", "step/host_to_device_ms"}  # the sum; beside the step before
 FORMS = ("request", "impression")
+LOOKED_AT = 200  # newest runs
+_TRAINING = ("seed", "embedding_lr", "dense_lr", "autocast", "max_seconds")
+_INGEST = ("mode", "lanes", "window_units", "batch_impressions", "batch_cost")
+SAME = {*(f"training.{name}" for name in _TRAINING), *(f"ingest.{name}" for name in _INGEST)}
+"""Parameters, beside the model's, in which two runs must be equal for their curves to be laid over each other."""
 
 
 @dataclass(frozen=True)
@@ -30,22 +36,26 @@ def _by_step(client: MlflowClient, run_id: str, name: str) -> dict[int, float]:
 
 
 def cumulative(client: MlflowClient, run_id: str, task: str) -> list[Point]:
-    """The windows of a training run, in order of steps."""
+    """The windows of a training run, in order of steps; empty for a run that has not logged totals.
+
+    A part that was trained on again after a kill has lines of before it, too, whose times are of another attempt: none
+    counts for more than a later line does.
+    """
     window = _by_step(client, run_id, f"train/{task}/ne")
     lifetime = _by_step(client, run_id, f"train_lifetime/{task}/ne")
-    impressions = _by_step(client, run_id, "train/impressions")
-    seconds = _by_step(client, run_id, "train/seconds")
+    impressions = _by_step(client, run_id, "train_lifetime/impressions")
+    seconds = _by_step(client, run_id, "train_lifetime/seconds")
     points = []
-    seen = passed = 0.0
-    for step in sorted(impressions):
-        seen, passed = seen + impressions[step], passed + seconds.get(step, 0.0)
-        if step in window and step in lifetime:
-            points.append(Point(step, seen, passed, window[step], lifetime[step]))
-    return points
+    seen = passed = math.inf
+    for step in sorted(window.keys() & lifetime.keys() & impressions.keys() & seconds.keys(), reverse=True):
+        seen, passed = min(seen, impressions[step]), min(passed, seconds[step])
+        points.append(Point(step, seen, passed, window[step], lifetime[step]))
+    return points[::-1]
 
 
 def baseline_run(client: MlflowClient, run: Any) -> tuple[str, str] | None:
-    """(its form, its id) of the newest finished training on the same data in the other form, where there is one."""
+    """(its form, its id) of the newest finished training in the other form where there is one: on the same data, of the
+    same model, seed, rates and budgets (``SAME``)."""
     form = run.data.params.get("training.form")
     digest = run.data.tags.get("data_digest")
     if form not in FORMS or digest is None:
@@ -56,8 +66,15 @@ def baseline_run(client: MlflowClient, run: Any) -> tuple[str, str] | None:
         "and attributes.status = 'FINISHED'"
     )
     order = ["attributes.start_time DESC"]
-    found = client.search_runs([run.info.experiment_id], query, max_results=1, order_by=order)
-    return (f"{other}-level ({found[0].info.run_name})", found[0].info.run_id) if found else None
+    mine = _compared(run)
+    for found in client.search_runs([run.info.experiment_id], query, max_results=LOOKED_AT, order_by=order):
+        if _compared(found) == mine:
+            return f"{other}-level ({found.info.run_name})", found.info.run_id
+    return None
+
+
+def _compared(run: Any) -> dict[str, str]:
+    return {name: value for name, value in run.data.params.items() if name.startswith("model.") or name in SAME}
 
 
 def step_milliseconds(client: MlflowClient, run: Any) -> dict[str, float]:
@@ -72,9 +89,10 @@ def step_milliseconds(client: MlflowClient, run: Any) -> dict[str, float]:
         return means
     share = _by_step(client, run.info.run_id, "train/data_wait_share")
     seconds = _by_step(client, run.info.run_id, "train/seconds")
-    steps = max(seconds, default=0)
-    if not steps:
+    total = _by_step(client, run.info.run_id, "train_lifetime/seconds")
+    if not total or not seconds:
         return {}
-    waited = sum(share.get(step, 0.0) * value for step, value in seconds.items())
-    rest = sum(seconds.values()) - waited
-    return {"waiting for data": 1000 * waited / steps, "computing and communicating": 1000 * rest / steps}
+    steps = max(total)
+    waited = sum(share.get(step, 0.0) * value for step, value in seconds.items()) / sum(seconds.values())
+    parts = {"waiting for data": waited, "computing and communicating": 1 - waited}
+    return {name: 1000 * part * total[steps] / steps for name, part in parts.items()}

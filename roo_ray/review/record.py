@@ -113,13 +113,16 @@ def log_dataset(run: RunHandle, data_set: str, manifest: Manifest, context: str)
     MlflowClient(run.uri).log_inputs(run.run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
 
 
-def evaluation_pictures(run: RunHandle, folder: Path) -> None:
-    """ROC and calibration of each task, from the curves that the workers logged."""
+def evaluation_pictures(run: RunHandle, folder: Path, say: Say) -> None:
+    """ROC and calibration of each task, from the curves that the workers logged. A task without them is said."""
     with tempfile.TemporaryDirectory() as scratch:
         uri = f"runs:/{run.run_id}/{CURVES_FILE}"
         path = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=scratch, tracking_uri=run.uri)
         curves = json.loads(Path(path).read_text())
     for task, of in curves.items():
+        if not of["calibration"]["impressions"]:  # conversions that come later
+            say(f"task '{task}' has no known label in the held-out data, and so neither ROC nor calibration picture")
+            continue
         charts.calibration(folder / f"calibration_{task}.png", task, of["calibration"])
         if "roc" in of:
             charts.roc(folder / f"roc_{task}.png", task, of)
@@ -217,7 +220,7 @@ def _pictures(config: Config, manifest: Manifest, run: RunHandle, say: Say, trai
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         with never_fatal("the evaluation's pictures", say, failed):
-            evaluation_pictures(run, folder)
+            evaluation_pictures(run, folder, say)
         if training:
             with never_fatal("the data's pictures", say, failed):
                 data_pictures(config, manifest, run, folder)

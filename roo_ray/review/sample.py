@@ -13,6 +13,7 @@ from roo_ray.ingest.read import NUM_IMPRESSIONS
 from roo_ray.ingest.rows import read_requests
 from roo_ray.ingest.units import units_of
 from roo_ray.models.cost import cost_coefficients
+from roo_ray.models.pooled import pooled_levels
 from roo_ray.requests.manifest import Manifest
 from roo_ray.schema import Schema
 
@@ -55,11 +56,15 @@ def training_ratios(sample: RequestSample, schema: Schema, model: Model) -> dict
     n = sample.impressions
     total = {"lookups": np.zeros(2), "all_to_all_bytes": np.zeros(2)}  # impression-level, request-level
 
-    def add(per_request: Integers | npt.NDArray[np.float64], once: bool, dim: int) -> None:
+    levels = pooled_levels(schema, model.embeddings.pooled)
+
+    def add(per_request: Integers, once: bool, dim: int, vectors: int | None = None) -> None:
+        """``vectors``: embeddings sent in either form, where they are not one per id."""
         repeated = float((per_request * n).sum()) if once else float(per_request.sum())
         ids = np.array([repeated, float(per_request.sum())])
         total["lookups"] += ids
-        total["all_to_all_bytes"] += ids * (ID_BYTES + 2 * dim * FLOAT_BYTES)
+        total["all_to_all_bytes"] += ids * ID_BYTES
+        total["all_to_all_bytes"] += (ids if vectors is None else vectors) * 2 * dim * FLOAT_BYTES
 
     tokens = np.zeros(len(n), np.int64)
     for feature in schema.features:
@@ -71,7 +76,9 @@ def training_ratios(sample: RequestSample, schema: Schema, model: Model) -> dict
         elif feature.kind == "ids" and feature.table:
             # bags count as one id here: their lengths are not sampled
             once = feature.level == "request"
-            add(np.ones_like(n) if once else n, once, schema.tables[feature.table].dim)
+            # a pooled table that bags of impressions read sends a vector per impression for bags of requests too
+            vectors = int(n.sum()) if once and levels.get(feature.table) == "impression" else None
+            add(np.ones_like(n) if once else n, once, schema.tables[feature.table].dim, vectors)
     cost = cost_coefficients(schema, model)
     t = tokens.astype(np.float64)
     request = cost["1"] + cost["t"] * t + cost["t2"] * t * t + cost["n"] * n + cost["nt"] * n * t

@@ -36,7 +36,7 @@ from roo_ray.requests.manifest import Manifest, load_manifest
 from roo_ray.schema import Schema
 from roo_ray.serving.export import export_model, input_types
 from roo_ray.serving.scorer import INPUTS, MODEL, SCHEMA, WEIGHTS, Scorer, input_columns
-from roo_ray.storage import open_filesystem, without_secrets
+from roo_ray.storage import join_path, open_filesystem, without_secrets
 from roo_ray.training.folder import find_checkpoint
 from roo_ray.training.tracking import RunHandle, RunLogger, open_run, tracking_uri
 
@@ -103,7 +103,8 @@ class ScoreFiles:
             self.scorer = Scorer.load(local)
         self.data_set, self.schema, self.folder = data_set, schema, folder
         keys = [*schema.keys.request, *schema.keys.impression, schema.keys.user, schema.keys.time]
-        self.columns = list(dict.fromkeys([NUM_IMPRESSIONS, *keys, *input_columns(schema)]))
+        read = [name for name in input_columns(schema) if name not in self.scorer.unread]
+        self.columns = list(dict.fromkeys([NUM_IMPRESSIONS, *keys, *read]))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Items ``file`` (number) and ``units`` (JSON) -> per file its counts, or the error that a user can mend."""
@@ -126,7 +127,7 @@ class ScoreFiles:
             for start in range(0, len(units), UNITS_AT_ONCE):
                 some = units[start : start + UNITS_AT_ONCE]
                 read = read_requests(self.data_set, some, self.schema, columns=self.columns)
-                table = scored_table(self.scorer, read.table, self.schema, f"{self.data_set}/{some[0].path}")
+                table = scored_table(self.scorer, read.table, self.schema, join_path(self.data_set, some[0].path))
                 writer = writer or pq.ParquetWriter(stream, table.schema, compression="zstd")
                 writer.write_table(table)
                 requests, impressions = requests + read.table.num_rows, impressions + table.num_rows

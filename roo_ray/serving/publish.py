@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -19,14 +21,14 @@ from mlflow.types import ColSpec, DataType
 from mlflow.types import Schema as MlflowSchema
 from mlflow.types.schema import AnyType, Array
 
-from roo_ray.config import Config
+from roo_ray.config import Config, Model
 from roo_ray.errors import DataError
 from roo_ray.redact import redact_text
 from roo_ray.requests.manifest import Manifest
 from roo_ray.schema import Schema
 from roo_ray.serving import mlflow_model
 from roo_ray.serving.export import export_model, input_types
-from roo_ray.serving.scorer import columns_with_null_elements, optional_columns, plain_type
+from roo_ray.serving.scorer import MODEL, columns_with_null_elements, optional_columns, plain_type
 from roo_ray.training.tracking import RunHandle
 
 MODEL_NAME = "model"
@@ -58,10 +60,11 @@ def _with_nulls(kind: DataType | Array, elements: bool) -> DataType | Array | An
     return AnyType() if kind == DataType.long else kind
 
 
-def signature_of(inputs: pa.Schema, schema: Schema) -> ModelSignature:
+def signature_of(inputs: pa.Schema, schema: Schema, settings: Model) -> ModelSignature:
     """One row per request: request-level columns as scalars or lists, candidates' columns as lists; out: per task a
-    list with a score for each candidate. What has a meaning when it is null is optional: null, or left out."""
-    optional, elements = optional_columns(schema), columns_with_null_elements(schema)
+    list with a score for each candidate. What has a meaning when it is null, and what changes no score, is optional:
+    null, or left out."""
+    optional, elements = optional_columns(schema, settings), columns_with_null_elements(schema, settings)
     columns = []
     for field in inputs:
         kind: DataType | Array | AnyType = _column_type(field.type, field.name)
@@ -79,16 +82,33 @@ def requirements() -> list[str]:
     return [f"{name}=={metadata.version(name).split('+')[0]}" for name in names]
 
 
+def own_code(settings: Model) -> list[str]:
+    """The files that ``model.towers`` needs beside roo_ray: its top-level package or module, to go with the model.
+    Raises DataError where it is spread over several places."""
+    top = (settings.towers or "roo_ray").partition(":")[0].partition(".")[0]
+    if top == "roo_ray":
+        return []
+    module = importlib.import_module(top)
+    places = [str(Path(place)) for place in getattr(module, "__path__", [])] or [str(module.__file__)]
+    if len(places) > 1 or not Path(places[0]).exists():
+        raise DataError(
+            f"the code of model.towers '{settings.towers}' cannot go with the model: package '{top}' lies in "
+            f"{', '.join(places)}; make it one folder, or set serving.log_model=false"
+        )
+    return places
+
+
 def save_mlflow_model(checkpoint: str, inputs: pa.Schema, schema: Schema, folder: str | Path, **log: Any) -> Any:
     """Exports a checkpoint and saves it as an MLflow model below ``folder``, or, with the arguments of MLflow's
-    ``log_model``, logs it; the code of roo_ray goes with it."""
+    ``log_model``, logs it; the code of roo_ray goes with it, and that of a team's own towers."""
     with tempfile.TemporaryDirectory() as scratch:
         exported = export_model(checkpoint, inputs, Path(scratch) / "model")
+        settings = Model.model_validate(json.loads((exported / MODEL).read_text())["model"])
         arguments = {
             "python_model": str(Path(mlflow_model.__file__)),
             "artifacts": {"model": str(exported)},
-            "code_paths": [str(Path(__file__).parents[1])],
-            "signature": signature_of(inputs, schema),
+            "code_paths": [str(Path(__file__).parents[1]), *own_code(settings)],
+            "signature": signature_of(inputs, schema, settings),
             "pip_requirements": requirements(),
         }
         if log:

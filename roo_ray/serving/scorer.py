@@ -43,23 +43,34 @@ def input_columns(schema: Schema) -> list[str]:
     return list(dict.fromkeys([*names, *([schema.keys.time] if timed else [])]))
 
 
-def optional_columns(schema: Schema) -> set[str]:
-    """The input columns in which the schema has a meaning for null, and which a request may therefore leave out: a
-    fill, an empty bag, no history. A column is none of them where another feature that reads it needs a value."""
+def unread_columns(schema: Schema, settings: Model) -> set[str]:
+    """The input columns that change no score: that of a position, which is fixed in serving, where no other feature
+    reads it and candidates can be counted by another."""
+    name = settings.position_feature
+    read = [column for feature in schema.features for column in feature.source_columns]
+    others = {c for f in schema.features if f.level == "impression" for c in f.source_columns} - {name}
+    return {name} if name is not None and read.count(name) == 1 and others else set()
+
+
+def optional_columns(schema: Schema, settings: Model) -> set[str]:
+    """The input columns that a request may leave out: those in which the schema has a meaning for null (a fill, an
+    empty bag, no history), and ``unread_columns``. A column is none of them where another feature that reads it needs
+    a value."""
 
     def takes_null(feature: Feature) -> bool:
         filled = feature.fill is not None or feature.fill_id is not None
         return filled or feature.kind == "sequence" or feature.pooling != "none"
 
     needed = {c for feature in schema.features if not takes_null(feature) for c in feature.source_columns}
-    return {c for feature in schema.features for c in feature.source_columns} - needed
+    every = {c for feature in schema.features for c in feature.source_columns}
+    return (every - needed) | unread_columns(schema, settings)
 
 
-def columns_with_null_elements(schema: Schema) -> set[str]:
+def columns_with_null_elements(schema: Schema, settings: Model) -> set[str]:
     """Those of them that are lists in which single elements may be null: candidates' values, values of events."""
     of_candidates = {c for f in schema.features if f.level == "impression" for c in f.source_columns}
     of_events = {event.column for feature in schema.sequences for event in feature.sequence_dense}
-    return optional_columns(schema) & (of_candidates | of_events)
+    return optional_columns(schema, settings) & (of_candidates | of_events)
 
 
 @dataclass(frozen=True)
@@ -72,11 +83,13 @@ class ScoredRequests:
 
 class Scorer:
     """A model ready to score. ``tasks``: the names of its K outputs. ``inputs``: the Arrow types of its columns.
-    ``probabilities``: outputs are logits of probabilities (a ranking model), not similarities (retrieval)."""
+    ``unread``, ``optional``: those that change no score, that may be missing. ``probabilities``: outputs are logits of
+    probabilities (a ranking model), not similarities (retrieval)."""
 
     def __init__(self, schema: Schema, settings: Model, inputs: pa.Schema, weights: Mapping[str, torch.Tensor]) -> None:
         self.schema, self.inputs = schema, inputs
         self.tasks = [label.name for label in schema.labels]
+        self.unread, self.optional = unread_columns(schema, settings), optional_columns(schema, settings)
         self.model = RankingModel(schema, settings)
         self.model.load_state_dict(dict(weights))
         self.model.eval()
@@ -98,9 +111,16 @@ class Scorer:
     def score(self, requests: pa.Table, where: str = "the input") -> ScoredRequests:
         """Logits of a table with a row per request: the user side runs once per request.
 
-        Keys and labels may be missing. Raises DataError, naming column and request, where a value does not fit.
+        Keys and labels may be missing; a request without candidates has no logits. Raises DataError, naming column and
+        request, where a value does not fit.
         """
         table = self._complete(requests, where)
+        if table.num_rows:
+            every = np.asarray(_array(table, NUM_IMPRESSIONS)).astype(np.int64)
+            if not every.all():
+                self._check_empty(table, every == 0, where)
+                rest = self.score(requests.filter(pa.array(every > 0)), where)
+                return ScoredRequests(every, rest.logits)
         everything = Holdout(by="all")
         settings = PackSettings(where, self.schema, everything, "evaluation", BATCH_IMPRESSIONS)
         unit = UnitRef("(given requests)", 0, table.num_rows)
@@ -117,13 +137,14 @@ class Scorer:
         return ScoredRequests(np.concatenate(counts), np.concatenate(parts))
 
     def _complete(self, requests: pa.Table, where: str) -> pa.Table:
-        """With stand-ins for keys and labels where they are not given."""
+        """With stand-ins for labels and unread columns, and for keys where they are not given."""
         schema = self.schema
-        missing = [name for name in input_columns(schema) if name not in requests.column_names]
+        needed = [name for name in input_columns(schema) if name not in self.unread]
+        missing = [name for name in needed if name not in requests.column_names]
         if missing:
             raise DataError(f"{where} has no column {', '.join(missing)}, which the model reads")
         table, rows = requests.combine_chunks(), requests.num_rows
-        items = next(column for f in schema.features if f.level == "impression" for column in f.source_columns)
+        items = next(name for name in needed if name in schema.impression_columns)
         if NUM_IMPRESSIONS not in table.column_names and rows:
             try:
                 counts = split_lists(_array(table, items)).lengths
@@ -139,7 +160,7 @@ class Scorer:
         if schema.keys.time not in table.column_names:
             table = table.append_column(schema.keys.time, numbers.cast(pa.timestamp("us")))
         names = [label.column for label in schema.labels] + [x.oracle for x in schema.labels if x.oracle]
-        for name in names:
+        for name in (*names, *self.unread):
             table = table.drop_columns([name]) if name in table.column_names else table
         if rows:
             counts = np.asarray(_array(table, NUM_IMPRESSIONS)).astype(np.int64)
@@ -147,7 +168,19 @@ class Scorer:
             unknown = pa.LargeListArray.from_arrays(offsets, pa.nulls(int(counts.sum()), pa.float32()))
             for name in names:
                 table = table.append_column(name, unknown)
+            for name in self.unread:
+                any_value = pa.array(np.zeros(int(counts.sum()), np.float32))
+                table = table.append_column(name, pa.LargeListArray.from_arrays(offsets, any_value))
         return table
+
+    def _check_empty(self, table: pa.Table, empty: npt.NDArray[np.bool_], where: str) -> None:
+        """Raises DataError where a request without candidates has values for some."""
+        for name in dict.fromkeys(c for f in self.schema.features if f.level == "impression" for c in f.source_columns):
+            odd = np.flatnonzero(empty & (split_lists(_array(table, name)).lengths > 0))
+            if len(odd):
+                raise DataError(
+                    f"{where}: column '{name}' has values for candidates in row {odd[0]}, where other columns have none"
+                )
 
     def as_outputs(self, logits: Scores) -> Scores:
         """Logits as a person wants them: probabilities of a ranking model, similarities of retrieval."""
@@ -160,7 +193,8 @@ class Scorer:
         candidates = [c for f in self.schema.features if f.level == "impression" for c in f.source_columns]
         if field.name not in candidates:
             return pa.nulls(rows, field.type)
-        lists = next((name for name in candidates if name in given.column_names), None)
+        readable = sorted(candidates, key=lambda name: name in self.unread)  # what is not read may be of any length
+        lists = next((name for name in readable if name in given.column_names), None)
         if lists is None:
             raise DataError(f"the input has none of the candidates' columns {', '.join(candidates)}")
         counts = split_lists(_array(given, lists)).lengths
@@ -170,16 +204,24 @@ class Scorer:
 
     def predict(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, list[list[float]]]:
         """Columns of plain values, a value (or list) per request, times in seconds since the epoch (UTC) -> per task
-        a list per request of the scores of its candidates, in order. A column in which null has a meaning
-        (``optional_columns``) may be missing: it is null in all requests."""
-        optional = optional_columns(self.schema)
+        a list per request of the scores of its candidates, in order; empty where it has none. An ``optional`` column
+        may be missing: it is null in all requests. Raises DataError, naming the column, where one is missing, of
+        another type, or shorter than the others."""
         given = [field for field in self.inputs if field.name in columns]
         missing = [field for field in self.inputs if field.name not in columns]
         for field in missing:
-            if field.name not in optional:
+            if field.name not in self.optional:
                 raise DataError(f"the input has no column '{field.name}', which the model reads")
         arrays = {field.name: _to_arrow(list(columns[field.name]), field) for field in given}
-        rows = max((len(array) for array in arrays.values()), default=0)
+        lengths = {name: len(array) for name, array in arrays.items()}
+        rows = max(lengths.values(), default=0)
+        short = next((name for name, length in lengths.items() if length != rows), None)
+        if short is not None:
+            longest = next(name for name, length in lengths.items() if length == rows)
+            raise DataError(
+                f"columns of the input are of unequal length: '{short}' has {lengths[short]:,} values and '{longest}' "
+                f"{rows:,}; give one for each request"
+            )
         table = pa.table(arrays)
         for field in missing:
             table = table.append_column(field, self._nulls(field, table, rows))

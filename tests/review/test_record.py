@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
@@ -13,8 +15,10 @@ from roo_ray.metrics.collection import RankingMetrics
 from roo_ray.metrics.curves import CURVES_FILE, curves_of
 from roo_ray.review.again import review_again
 from roo_ray.review.history import baseline_run, cumulative, step_milliseconds
-from roo_ray.review.record import review_training
+from roo_ray.review.record import evaluation_pictures, review_training
+from roo_ray.serving import export
 from roo_ray.serving.publish import MODEL_OF_TAG, register_model
+from roo_ray.terminal import human_bytes
 from roo_ray.training.folder import RESULT_FILE, save_json
 from roo_ray.training.outbox import Outbox
 from roo_ray.training.tracking import RunHandle, RunLogger, open_run
@@ -35,18 +39,27 @@ def config(folder: Path) -> Config:
     return made.model_copy(update={"tracking": Tracking(uri=f"sqlite:///{folder}/mlflow.db")})
 
 
-def logged_run(config: Config, name: str, form: str) -> RunHandle:
-    """A training run as workers leave it: windows of 100 impressions and 2 s, curves of the evaluation."""
+def logged_run(
+    config: Config, name: str, form: str, unknown: int | None = None, params: Mapping[str, Any] | None = None
+) -> RunHandle:
+    """A training run as workers leave it: windows of 100 impressions and 2 s, curves of the evaluation. The workers
+    were killed after step 25, and have gone on from step 20, faster and with a line at 22."""
     run = open_run(config.tracking, "train", name, 1)
     logger = RunLogger(run)
-    logger.params({"training": {"form": form}})
+    logger.params({"training": {"form": form, "seed": 0}, "model": {"dim": 8}} | dict(params or {}))
     logger.tags({"data_digest": "same"})
-    for step in (10, 20, 30):
+    for step, seconds in ((10, 2.0), (20, 4.0), (25, 7.0), (22, 4.3), (30, 6.0)):
+        if step == 22:
+            logger.close()
+            logger = RunLogger(run)
         figures = {"train/impressions": 100.0, "train/seconds": 2.0, "train/data_wait_share": 0.25}
+        figures |= {"train_lifetime/impressions": 10.0 * step, "train_lifetime/seconds": seconds}
         nes = {f"train/{t}/ne": 1 - step / 100 for t in ("click", "buy")}
         nes |= {f"train_lifetime/{t}/ne": 1 - step / 200 for t in ("click", "buy")}
         logger.metrics(figures | nes, step)
     logits, labels, weights, counts = random_batch(1, 100)
+    if unknown is not None:
+        weights[:, unknown] = 0
     metrics = RankingMetrics(["click", "buy"])
     metrics.update(logits, labels, weights, counts)
     logger.json(curves_of(metrics), CURVES_FILE)
@@ -57,6 +70,9 @@ def logged_run(config: Config, name: str, form: str) -> RunHandle:
 def test_a_run_is_completed(config: Config, folder: Path) -> None:
     trained = Trained(folder)
     other = logged_run(config, "baseline", "impression")
+    rate = {"form": "impression", "seed": 0, "dense_lr": 0.5}
+    for changed in ({"model": {"dim": 16}}, {"training": rate}, {"ingest": {"batch_impressions": 9}}):
+        logged_run(config, "newer, of something else", "impression", params=changed)
     run = logged_run(config, "roo", "request")
     said: list[str] = []
     review_training(config, trained.manifest, trained.checkpoint, run, said.append)
@@ -78,13 +94,22 @@ def test_a_run_is_completed(config: Config, folder: Path) -> None:
     assert found.data.tags[MODEL_OF_TAG] == trained.checkpoint
     assert baseline_run(client, found) == ("impression-level (baseline)", other.run_id)
     points = cumulative(client, run.run_id, "click")
-    assert [(p.step, p.impressions, p.seconds) for p in points] == [(10, 100, 2), (20, 200, 4), (30, 300, 6)]
+    found_points = [(p.step, p.impressions, p.seconds) for p in points]
+    assert found_points == [(10, 100, 2), (20, 200, 4), (22, 220, 4.3), (25, 250, 6), (30, 300, 6)]
     assert step_milliseconds(client, found) == pytest.approx(
         {"waiting for data": 50.0, "computing and communicating": 150.0}
     )
     for name, value in (("forward", 3.0), ("total", 9.0), ("forward", 5.0)):  # as training.timing names them
         client.log_metric(run.run_id, f"step/{name}_ms", value, step=int(value))
     assert step_milliseconds(client, client.get_run(run.run_id)) == {"forward": 4.0}
+
+
+def test_a_task_without_known_labels_costs_no_other_its_pictures(config: Config, tmp_path: Path) -> None:
+    run = logged_run(config, "later conversions", "request", unknown=0)
+    said: list[str] = []
+    evaluation_pictures(run, tmp_path, said.append)
+    assert {path.name for path in tmp_path.iterdir()} == {"calibration_buy.png", "roc_buy.png"}
+    assert [line for line in said if "'click' has no known label" in line] == said != []
 
 
 def test_a_model_is_registered_when_it_may_be_and_once(config: Config, folder: Path) -> None:
@@ -136,6 +161,32 @@ def test_a_run_whose_server_was_away_is_completed_later(
     assert completed.inputs.dataset_inputs
     assert len([one for one in client.search_model_versions("name = 'recorded'") if one.run_id == run.run_id]) == 1
     assert not waits.exists()
+
+
+def test_a_model_that_does_not_fit_is_said_with_what_to_do(
+    config: Config, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it is allocated: the kernel would end the job. All else of the run is there."""
+    trained = Trained(folder / "large")
+    needed = 2.5 * sum(value.nbytes for value in trained.model.state_dict().values())
+    run = logged_run(config, "large", "request")
+    client = MlflowClient(config.tracking.uri)
+    monkeypatch.setattr(export, "free_memory", lambda: int(needed) - 1)
+    with monkeypatch.context() as none:
+        none.setattr(export, "RankingModel", None)
+        said: list[str] = []
+        assert not review_training(config, trained.manifest, trained.checkpoint, run, said.append)
+    first, last = said
+    assert first.startswith("the model could not be logged: exporting the whole model of")
+    assert f"needs {human_bytes(needed)} of memory, and this node has {human_bytes(needed - 1)} free" in first
+    assert "jobs/review.py" in first
+    assert "serving.log_model=false" in first
+    assert "python jobs/review.py" in last
+    assert MODEL_OF_TAG not in client.get_run(run.run_id).data.tags
+    assert client.get_run(run.run_id).inputs.dataset_inputs
+    monkeypatch.setattr(export, "free_memory", lambda: int(needed))  # on a machine with more
+    assert review_training(config, trained.manifest, trained.checkpoint, run, said.append)
+    assert client.get_run(run.run_id).data.tags[MODEL_OF_TAG] == trained.checkpoint
 
 
 def test_what_cannot_be_made_is_said_and_not_raised(config: Config, folder: Path) -> None:

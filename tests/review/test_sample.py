@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from roo_ray.config import Model
+from roo_ray.config import Embeddings, Model
 from roo_ray.models.cost import cost_coefficients
 from roo_ray.review.sample import RequestSample, training_ratios
 from roo_ray.schema import parse_schema
@@ -47,3 +47,23 @@ def test_ratios_are_those_of_a_count_by_hand() -> None:
 def test_single_impressions_save_nothing() -> None:
     sample = RequestSample(np.ones(5, np.int64), {"history": np.arange(5)}, 5)
     assert set(training_ratios(sample, SCHEMA, MODEL).values()) == {1.0}
+
+
+def test_bags_of_requests_that_are_looked_up_per_impression_send_as_much_in_both_forms() -> None:
+    schema = parse_schema("""
+name: bags
+keys: {request: r, user: u, time: t}
+tables: {word: {rows: 50, dim: 8}}
+features:
+  - {name: asked, level: request, kind: ids, columns: a, table: word, pooling: mean}
+  - {name: shown, level: impression, kind: ids, columns: s, table: word, pooling: mean}
+labels: [{name: click, column: clicked}]
+""")
+    sample = RequestSample(np.array([3, 1, 5]), {}, 3)
+    model = MODEL.model_copy(update={"kind": "dcn"})
+    embedding = 2 * 8 * 4
+    after = training_ratios(sample, schema, model)["dedup_ratio_all_to_all_bytes"]
+    assert after == pytest.approx(2 * 9 / (9 + 3))
+    pooled = model.model_copy(update={"embeddings": Embeddings(pooled=["word"])})
+    found = training_ratios(sample, schema, pooled)["dedup_ratio_all_to_all_bytes"]
+    assert found == pytest.approx((2 * 9 * 8 + 2 * 9 * embedding) / ((9 + 3) * 8 + 2 * 9 * embedding))
