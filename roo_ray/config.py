@@ -8,12 +8,13 @@ copy of the working directory, finds the same data. URIs (``s3://...``, ``gs://.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from roo_ray.data_config import Build as Build
 from roo_ray.data_config import Days
@@ -35,7 +36,9 @@ class Embeddings(Strict):
     ``weights``: their type; bf16 on GPU only. ``optimizer``: runs in backward; Adam and LAMB on GPU only.
     ``sharding``: table -> kind, where the default (row-wise from ``training.row_wise_from`` rows, otherwise
     table-wise) is not wanted. ``uvm``: tables that live in host memory with a cache on the device (GPU only).
-    ``index_dedup``: look each id of a batch up once (GPU only).
+    ``index_dedup``: look each id of a batch up once (GPU only; not in pooled tables).
+    ``pooled``: tables whose bags are pooled where the table lies, so that one vector per bag is sent instead of one per
+    id; bags alone may read them (docs/models.md, "Pooled tables", says when that pays).
     """
 
     weights: Literal["fp32", "fp16", "bf16"] = "fp32"
@@ -43,6 +46,7 @@ class Embeddings(Strict):
     sharding: dict[str, ShardingKind] = Field(default_factory=dict)
     uvm: list[str] = Field(default_factory=list)
     index_dedup: bool = False
+    pooled: list[str] = Field(default_factory=list)
 
 
 ModelKind = Literal["dcn", "hstu", "hstu_targets", "cross_attention", "two_tower", "retrieval"]
@@ -63,7 +67,8 @@ class Model(Strict):
     is BatchNorm with the statistics of the global batch, impressions counted.
     ``task_heads``: one tower for all tasks, or MMoE with ``experts`` towers and a gate per task. ``score``: of
     two_tower. ``position_feature``: an impression-level dense column that is a debiasing term of its own: it is
-    seen by nothing else, and is ``position_value`` in evaluation and serving.
+    seen by nothing else, and is ``position_value`` in evaluation and serving; retrieval has no such term, and keeps it
+    out of the item tower alone.
     ``dropout``: share of activations dropped in training. ``stochastic_length``: HSTU's alpha in (1, 2]; longer
     histories are subsampled to max_length ** (alpha / 2) events in training.
     Retrieval: ``temperature`` of its softmax; ``positive``: the label that makes an impression a positive
@@ -81,7 +86,7 @@ class Model(Strict):
     user_dim: int = Field(default=64, gt=0)
     cross_layers: int = Field(default=2, ge=0)
     cross_rank: int = Field(default=32, gt=0)
-    tower: list[int] = Field(default=[128, 64])
+    tower: list[PositiveInt] = Field(default=[128, 64])
     normalisation: Literal["layer", "rms", "batch"] = "layer"
     task_heads: Literal["shared_bottom", "mmoe"] = "shared_bottom"
     experts: int = Field(default=4, gt=0)
@@ -197,12 +202,15 @@ class Incremental(Strict):
 
 class Tracking(Strict):
     """MLflow. ``uri``: default ``MLFLOW_TRACKING_URI``, else SQLite in roo_ray's home. ``end_wait_seconds``: how long
-    a job that ends waits for a server that is down or slow; what is left then stays in a file."""
+    a job that ends waits for a server that is down or slow; what is left then stays in a file.
+    ``series_wait_seconds``: how long a series (days, the runs of a comparison) that has begun waits for the server
+    before its next run."""
 
     enabled: bool = True
     uri: str | None = None
     experiment: str = "roo_ray"
     end_wait_seconds: float = Field(default=30.0, ge=0)
+    series_wait_seconds: float = Field(default=300.0, ge=0)
 
 
 class RaySettings(Strict):
@@ -214,7 +222,9 @@ class RaySettings(Strict):
     Ray Data in every job: generating, building, reading, scoring (docs/cluster.md). ``wait_for_nodes_s``: on an
     autoscaled cluster, how long a job waits for the nodes that it needs; 0 refuses a cluster that has not got them.
     ``fall_back_labels``: where no nodes have come within ``fall_back_after_s``, those with these labels beside the
-    others are asked for: on-demand nodes where the cloud has no spot ones."""
+    others are asked for: on-demand nodes where the cloud has no spot ones. ``wait_for_workers_s``: a training or an
+    evaluation of which no worker has run for so long ends, whether none has begun or a lost node has none in its
+    place; it must be longer than a new node takes until workers run on it."""
 
     address: str | None = None
     local_cpus: int | None = Field(default=None, gt=0)
@@ -228,22 +238,35 @@ class RaySettings(Strict):
     wait_for_nodes_s: float = Field(default=0, ge=0)
     fall_back_after_s: float = Field(default=300, gt=0)
     fall_back_labels: dict[str, str] = Field(default_factory=dict)
+    wait_for_workers_s: float = Field(default=3600, ge=120)
+
+
+def _plain_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+        raise ValueError(
+            f"'{value}' names a folder in storage and a run in MLflow: write it with letters, digits, '-', '_' and "
+            "'.', beginning with a letter or a digit"
+        )
+    return value
+
+
+RunName = Annotated[str, AfterValidator(_plain_name)]
 
 
 class Config(Strict):
     """A job's config. ``requests``: the path of the request-shard data set (built, then trained on);
     ``requests_version``: of its versions, by default the newest. ``storage``: where runs and checkpoints go.
-    ``run_name``: the same name resumes the same run."""
+    ``run_name``: the same name resumes the same run; by default made of ``name``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
-    name: str
+    name: RunName
     request_schema: Schema = Field(alias="schema")
     source: Source | None = None
     requests: DataPath
     requests_version: int | None = Field(default=None, gt=0)
     storage: DataPath = Field(default="runs", validate_default=True)
-    run_name: str | None = None
+    run_name: RunName | None = None
     build: Build = Build()
     holdout: Holdout = Holdout()
     ingest: Ingest = Ingest()

@@ -6,14 +6,16 @@ Import this module before ``ray``; ``connect`` starts or joins Ray.
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,6 +30,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",
     "RAY_TRAIN_ENABLE_V2": "1",
     "RAY_DEDUP_LOGS": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -53,7 +56,10 @@ def apply_environment() -> None:
 apply_environment()
 
 import ray  # noqa: E402  (after the environment, on purpose)
+from ray._private import ray_constants  # noqa: E402
+from ray._private.services import get_node_ip_address  # noqa: E402
 from ray.data import DataContext  # noqa: E402
+from ray.data._internal.execution.streaming_executor import StreamingExecutor  # noqa: E402
 from ray.util.placement_group import placement_group, remove_placement_group  # noqa: E402
 
 SECONDS_FOR_RESOURCES_TO_COME_BACK = 10.0
@@ -81,7 +87,8 @@ def connect(
     terminates = signal.getsignal(signal.SIGTERM)
     if address:
         try:
-            ray.init(address=address, **options)
+            with _on_loopback() if _is_on_loopback_alone(address) else nullcontext():
+                ray.init(address=address, **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ClusterError(
@@ -92,14 +99,15 @@ def connect(
     else:
         most = training.most_workers if training else 0
         wanted = math.ceil(most * settings.cpus_per_worker + max(settings.data_cpus, 2))
-        ray.init(
-            address="local",  # without it, Ray joins whatever cluster was last started on this machine
-            num_cpus=settings.local_cpus or max(os.cpu_count() or 1, wanted),
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            object_store_memory=settings.object_store_bytes,
-            **options,
-        )
+        with _on_loopback():
+            ray.init(
+                address="local",  # without it, Ray joins whatever cluster was last started on this machine
+                num_cpus=settings.local_cpus or max(os.cpu_count() or 1, wanted),
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                object_store_memory=settings.object_store_bytes,
+                **options,
+            )
     if callable(terminates) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminates)  # Ray has put its own there, which exits with 15
     quiet_data_context()
@@ -109,7 +117,45 @@ def connect(
             make_ready(settings, training if check == "all" else None, say)
         yield
     finally:
+        end_iterations()
         ray.shutdown()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Within the block Ray takes 127.0.0.1 as it is given, and its processes then listen there alone. It does so on
+    Windows and macOS; on Linux it would put the machine's address in its place, and listen on all interfaces, without
+    authentication."""
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _is_on_loopback_alone(address: str) -> bool:
+    """Whether a head's address is that of a Ray here that no other machine reaches, as ``connect`` starts it.
+    Ray would look for it at the machine's address, without end."""
+    host, _, port = address.rpartition(":")
+    if host not in ("127.0.0.1", "localhost"):
+        return False
+    try:
+        socket.create_connection((get_node_ip_address(), int(port)), timeout=5).close()
+    except OSError:
+        return True
+    return False
+
+
+def end_iterations() -> None:
+    """Ends what Ray Data still runs for iterations that were left in the middle, after an error say. It runs in threads
+    of this process, and the first of them that calls Ray after its shutdown ends the process with 1; an iteration that
+    is collected later wants Ray for its end, too, and would start another one."""
+    gc.collect()
+    for thread in threading.enumerate():
+        if isinstance(thread, StreamingExecutor):
+            with suppress(Exception):
+                thread.shutdown(force=True)
 
 
 def make_ready(settings: RaySettings, training: Training | None, say: Callable[[str], None]) -> None:
@@ -119,6 +165,23 @@ def make_ready(settings: RaySettings, training: Training | None, say: Callable[[
     if "RAY_ADDRESS" in os.environ and settings.wait_for_nodes_s:
         wait_for_nodes(settings, workers, gpu, say)
     require_resources(settings, workers, gpu)
+
+
+@contextmanager
+def nodes_held(settings: RaySettings, training: Training, say: Callable[[str], None]) -> Iterator[None]:
+    """As ``make_ready``, and keeps the nodes for the block, of however short a time an idle node stays; their CPUs and
+    GPUs are taken meanwhile. For what looks at nodes and takes none of their resources."""
+    group = None
+    if "RAY_ADDRESS" in os.environ and settings.wait_for_nodes_s:
+        bundles, labels = wait_for_nodes(settings, training.least_workers, training.gpu, say)
+        group = placement_group(bundles, bundle_label_selector=labels if any(labels) else None)
+    else:
+        require_resources(settings, training.least_workers, training.gpu)
+    try:
+        yield
+    finally:
+        if group is not None:
+            remove_placement_group(group)
 
 
 def require_resources(settings: RaySettings, workers: int, gpu: bool) -> None:
@@ -164,23 +227,33 @@ def require_places(settings: RaySettings, workers: int, gpu: bool, nodes: Sequen
     for what, number, first in (("worker", workers, 0), ("data", len(bundles) - workers, workers)):
         if not number or not (labels[first] or set(bundles[first]) - {"CPU", "GPU"}):
             continue
-        there = [node for node in nodes if labels[first].items() <= node.get("Labels", {}).items()]
-        room = sum(
-            int(min(node["Resources"].get(name, 0.0) / one for name, one in bundles[first].items())) for node in there
-        )
+        there, room = room_for(bundles[first], labels[first], nodes)
         if room < number:
             keys = [f"ray.{what}_labels {labels[first]}"] if labels[first] else []
             keys += [f"ray.{what}_resources {wants}"] if (wants := getattr(settings, f"{what}_resources")) else []
             raise ClusterError(
-                f"the nodes with {' and '.join(keys)} ({len(there)} of {len(nodes)}) have room for {room} of "
-                f"{number} {'workers' if what == 'worker' else 'data CPUs'} of {_words(bundles[first])}; start nodes "
+                f"the nodes with {' and '.join(keys)} ({there} of {len(nodes)}) have room for {room} of "
+                f"{number} {'workers' if what == 'worker' else 'data CPUs'} of {words_of(bundles[first])}; start nodes "
                 "with them (ray start --labels, --resources), correct the config, or on an autoscaled cluster set "
                 "ray.wait_for_nodes_s"
             )
 
 
-def wait_for_nodes(settings: RaySettings, workers: int, gpu: bool, say: Callable[[str], None]) -> None:
-    """Asks an autoscaled cluster for what the job needs, and waits until it is there and free.
+def room_for(
+    bundle: Mapping[str, float], labels: Mapping[str, str], nodes: Sequence[Mapping[str, Any]]
+) -> tuple[int, int]:
+    """Of these nodes (entries of ``ray.nodes()``): how many have the labels, and for how many such bundles these have
+    room, whoever holds it now."""
+    there = [node for node in nodes if labels.items() <= node.get("Labels", {}).items()]
+    each = (min(node["Resources"].get(name, 0.0) / one for name, one in bundle.items()) for node in there)
+    return len(there), sum(map(int, each))
+
+
+def wait_for_nodes(
+    settings: RaySettings, workers: int, gpu: bool, say: Callable[[str], None]
+) -> tuple[list[dict[str, float]], list[dict[str, str]]]:
+    """Asks an autoscaled cluster for what the job needs, and waits until it is there and free. Returns the places
+    (``bundles_of``), with the labels of those that came.
 
     Asked by a placement group, which ends with this process: a standing request to the autoscaler would outlive a
     killed job, and keep its nodes. Ray's autoscaler takes node types by priority, and asks again and again for a type
@@ -188,15 +261,15 @@ def wait_for_nodes(settings: RaySettings, workers: int, gpu: bool, say: Callable
     ``settings.wait_for_nodes_s``.
     """
     bundles, labels = bundles_of(settings, workers, gpu)
-    wanted = f"{workers} x {_words(bundles[0])} for the trainers and " if workers else ""
+    wanted = f"{workers} x {words_of(bundles[0])} for the trainers and " if workers else ""
     wanted += f"{settings.data_cpus:g} CPUs for data"
     if _come(bundles, labels, 1):
-        return
+        return bundles, labels
     say(f"waiting up to {settings.wait_for_nodes_s:g} s for nodes with {wanted}")
     deadline = time.monotonic() + settings.wait_for_nodes_s
     if settings.fall_back_labels:
         if _come(bundles, labels, min(settings.wait_for_nodes_s, settings.fall_back_after_s)):
-            return
+            return bundles, labels
         missing = [
             (whom, part)
             for whom, part in (("the trainers", slice(workers)), ("data", slice(workers, None)))
@@ -208,10 +281,10 @@ def wait_for_nodes(settings: RaySettings, workers: int, gpu: bool, say: Callable
             names = " and ".join(whom for whom, _ in missing)
             say(f"no such nodes yet: asking for nodes with {settings.fall_back_labels} for {names}")
     if _come(bundles, labels, deadline - time.monotonic()):
-        return
+        return bundles, labels
     total = {name: n for name, n in ray.cluster_resources().items() if name in ("CPU", "GPU")}
     raise ClusterError(
-        f"after {settings.wait_for_nodes_s:g} s (ray.wait_for_nodes_s) the cluster has {_words(total)}, and not free "
+        f"after {settings.wait_for_nodes_s:g} s (ray.wait_for_nodes_s) the cluster has {words_of(total)}, and not free "
         f"{wanted}; see ray status on the head: no node type may fit, max_workers be reached, or the cloud have none"
     )
 
@@ -233,7 +306,8 @@ def bundles_of(settings: RaySettings, workers: int, gpu: bool) -> tuple[list[dic
     return [trainer] * workers + [{"CPU": 1.0} | settings.data_resources] * data, labels
 
 
-def _words(resources: Mapping[str, float]) -> str:
+def words_of(resources: Mapping[str, float]) -> str:
+    """``4 CPU, 1 GPU``."""
     return ", ".join(f"{n:g} {name}" for name, n in resources.items()) or "nothing"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,25 @@ def test_overrides_reach_sections_and_are_validated() -> None:
         load_config(ROOT / "configs/demo.yaml", ["training.epoch=7"])
     with pytest.raises(ConfigError, match=r"training\.epochs: .*greater than 0"):
         load_config(ROOT / "configs/demo.yaml", ["training.epochs=0"])
+    with pytest.raises(ConfigError, match=r"ray\.wait_for_workers_s: .*greater than or equal to 120"):
+        load_config(ROOT / "configs/demo.yaml", ["ray.wait_for_workers_s=10"])
     with pytest.raises(ConfigError, match="expected key=value"):
         load_config(ROOT / "configs/demo.yaml", ["epochs"])
     with pytest.raises(ConfigError, match="dim 32 must be a multiple of heads 5"):
         load_config(ROOT / "configs/demo.yaml", ["model.heads=5"])
+
+
+def test_names_of_runs_are_plain() -> None:
+    """They are folders, and stand in quotes in what MLflow is asked."""
+    demo = ROOT / "configs/demo.yaml"
+    for name in ("ranking-1", "daily.v2_a-2024-01-01", "7x"):
+        assert load_config(demo, [f"run_name={name}", f"name={name}"]).run_name == name
+    for key in ("run_name", "name"):
+        for name in ("it's", "a b", "a/b", "../runs", ".hidden", "-x", "", "a\n", "a?b=c"):
+            with pytest.raises(
+                ConfigError, match=rf"\n  {key}: '[^']*('s|\n)?' names a folder.*letters, digits, '-', '_'"
+            ):
+                load_config(demo, [f"{key}={json.dumps(name)}"])
 
 
 def test_what_is_no_yaml_is_named(tmp_path: Path) -> None:

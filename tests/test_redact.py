@@ -125,13 +125,6 @@ def test_parameters_and_tags_of_a_run(tmp_path: Path) -> None:
     assert texts[1] == "error: nothing at https://x?token=***"
 
 
-def test_servers_listen_on_loopback_unless_told_otherwise() -> None:
-    session = (ROOT / "roo_ray/session.py").read_text()
-    assert '_node_ip_address="127.0.0.1"' in session
-    assert "include_dashboard=False" in session
-    assert "--host 127.0.0.1" in (ROOT / "Makefile").read_text()
-
-
 def test_what_jobs_print_carries_no_credentials(capsys: pytest.CaptureFixture[str]) -> None:
     uri = "https://kai:hunter2@mlflow.example?api_key=hunter2"
 

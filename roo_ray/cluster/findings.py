@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Level = Literal["ok", "warn", "fail"]
+Level = Literal["ok", "warn", "skip", "fail"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ def warn(check: str, what: str, do: str) -> Finding:
     return Finding("warn", check, what, do)
 
 
+def skip(check: str, what: str, do: str) -> Finding:
+    """Not checked: what it is about is not there yet."""
+    return Finding("skip", check, f"not checked: {what}", do)
+
+
 def fail(check: str, what: str, do: str) -> Finding:
     """The run would fail."""
     return Finding("fail", check, what, do)
@@ -40,5 +45,5 @@ def fail(check: str, what: str, do: str) -> Finding:
 
 def worst(findings: Sequence[Finding]) -> Level:
     """The most serious level among them."""
-    levels = {finding.level for finding in findings}
-    return "fail" if "fail" in levels else "warn" if "warn" in levels else "ok"
+    order: tuple[Level, ...] = ("ok", "warn", "skip", "fail")
+    return max((finding.level for finding in findings), key=order.index, default="ok")

@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from roo_ray.cluster.findings import Finding, fail, ok, warn
+from roo_ray.cluster.findings import Finding, fail, ok, skip, warn
 from roo_ray.cluster.links import Links
+from roo_ray.cluster.memory import USABLE, WorkerMemory
 from roo_ray.cluster.places import trainer_resources, workers_least, workers_wanted
 from roo_ray.cluster.probe import DISTRIBUTIONS, NodeFacts
 from roo_ray.config import Config
+from roo_ray.errors import BadInput
 from roo_ray.grace import GRACE_VARIABLE
+from roo_ray.storage import is_local
 from roo_ray.terminal import human_bytes
+from roo_ray.training.hosts import TABLES_SHARE
+from roo_ray.training.layout import in_time
 
 TRIPLES = {  # torch -> (torchrec, fbgemm)
     "2.11": ("1.6", "1.6"),
@@ -22,6 +27,7 @@ LEAST_DRIVER = {"11": 450, "12": 525, "13": 580}  # CUDA of the torch build -> m
 LEAST_GRACE_S = 30.0
 LEAST_OBJECT_STORE = 300_000_000
 LEAST_DISK = 10_000_000_000
+BRING = "bring the nodes: jobs/preflight.py --bring, which waits for them as a run does (ray.wait_for_nodes_s)"
 LEAST_BANDWIDTH = 100_000_000  # bytes per second; below it a step waits for the network
 
 
@@ -94,7 +100,7 @@ def workers_here(config: Config, nodes: Sequence[NodeFacts]) -> int:
 
 def check_places(config: Config, nodes: Sequence[NodeFacts]) -> list[Finding]:
     """Whether nodes have the labels, CPUs, GPUs and custom resources that the config asks for. An elastic run wants
-    room for its fewest workers."""
+    room for its fewest workers. Where an autoscaler may still bring them, what is missing is not checked."""
     findings = []
     training, settings = config.training, config.ray
     for what, wanted in (
@@ -103,20 +109,22 @@ def check_places(config: Config, nodes: Sequence[NodeFacts]) -> list[Finding]:
     ):
         if wanted and not any(wanted.items() <= node.labels.items() for node in nodes):
             todo = "label the nodes (cluster/*.yaml), or wait for the autoscaler: ray.wait_for_nodes_s"
-            level = warn if settings.wait_for_nodes_s else fail
-            findings.append(level("places", f"no node has {what} {wanted}", todo))
+            text = f"no node has {what} {wanted}"
+            later = settings.wait_for_nodes_s
+            findings.append(skip("places", text, BRING) if later else fail("places", text, todo))
     room, least, most = room_for(config, nodes), workers_least(config), workers_wanted(config)
     of = "" if set(trainer_resources(config)) <= {"CPU", "GPU"} else f" of {trainer_resources(config)}"
     if room < least:
         todo = "lower training.workers, add nodes, or set ray.wait_for_nodes_s on an autoscaled cluster"
-        level = warn if settings.wait_for_nodes_s else fail
-        findings.append(level("places", f"room for {room} of {least} workers{of}", todo))
+        text = f"room for {room} of {least} workers{of}"
+        findings.append(skip("places", text, BRING) if settings.wait_for_nodes_s else fail("places", text, todo))
     elif room < most:
         todo = "none is needed: it begins with fewer and grows; add nodes for it to be sooner done"
         findings.append(warn("places", f"room for {room} of {least} to {most} elastic workers{of}", todo))
-    for node in nodes:
-        if not settings.worker_labels.items() <= node.labels.items():
-            continue
+    trainers = [node for node in nodes if settings.worker_labels.items() <= node.labels.items()]
+    if training.gpu and not any(node.gpus for node in trainers):
+        findings.append(skip("gpus", "driver, CUDA and kernels: no trainer node with a GPU is there", BRING))
+    for node in trainers:
         least_driver = LEAST_DRIVER.get(node.cuda.partition(".")[0])
         if (
             training.gpu
@@ -130,6 +138,9 @@ def check_places(config: Config, nodes: Sequence[NodeFacts]) -> list[Finding]:
         if training.gpu and node.gpus and len(node.gpu_names) < node.gpus:
             text = f"{node.node}: Ray counts {node.gpus:g} GPUs and torch sees {len(node.gpu_names)}"
             findings.append(fail("gpus", text, "take the GPU image, and a driver for its CUDA"))
+        if training.gpu and node.gpus and node.kernel:
+            text = f"{node.node}: attention without its kernel, slower and in more memory: {node.kernel}"
+            findings.append(warn("gpus", text, "take the GPU image, or install triton, gcc and libc6-dev"))
     return findings or [ok("places", f"room for {room} workers; {most} wanted")]
 
 
@@ -146,13 +157,23 @@ def check_reach(nodes: Sequence[NodeFacts], places: Sequence[str]) -> list[Findi
     return findings or [ok("reach", f"{len(nodes)} nodes reach {', '.join(places)}")]
 
 
-def check_local_paths(nodes: Sequence[NodeFacts], paths: Sequence[str]) -> list[Finding]:
-    """Local paths on a cluster of several nodes are different disks."""
-    local = sorted({path for path in paths if "://" not in path})
-    if len(nodes) < 2 or not local:
+def check_local_paths(nodes: Sequence[NodeFacts], written: Sequence[str], read: Sequence[str]) -> list[Finding]:
+    """Local paths on a cluster of several nodes are different disks, unless all nodes mount one there. What is
+    ``written`` there must be seen by all; what is ``read`` may be there on each."""
+    if len(nodes) < 2:
         return []
-    todo = "use s3://... or gs://..., or a file system that all nodes mount there"
-    return [warn("storage", f"local paths on {len(nodes)} nodes: {', '.join(local)}", todo)]
+    todo = "use s3://... or gs://..., or a file system that all nodes mount there (NFS)"
+    findings = []
+    for path in sorted({path for path in written if is_local(path)}):
+        blind = [node.node for node in nodes if path in node.unseen]
+        if blind:
+            text = f"{path} is not one folder on {len(nodes)} nodes: {', '.join(blind)} cannot see a file written there"
+            findings.append(fail("storage", text, todo))
+        else:
+            findings.append(ok("storage", f"{len(nodes)} nodes see one folder at {path}"))
+    if local := sorted({path for path in read if is_local(path)} - set(written)):
+        findings.append(warn("storage", f"local paths on {len(nodes)} nodes: {', '.join(local)}", todo))
+    return findings
 
 
 def check_memory(nodes: Sequence[NodeFacts]) -> list[Finding]:
@@ -176,6 +197,24 @@ def check_memory(nodes: Sequence[NodeFacts]) -> list[Finding]:
         return findings
     least = min((node.object_store for node in nodes), default=0)
     return [ok("memory", f"object stores of at least {human_bytes(least)}, all within /dev/shm")]
+
+
+def check_order(config: Config, look: Callable[[], None] | None) -> list[Finding]:
+    """Whether the data lies in the order of time, where that is asked for. ``look`` raises BadInput where it does not;
+    None: there is no data set yet, and the config says how it will be built."""
+    if not in_time(config):
+        return []
+    built = f"build.order={config.build.order} and build.buckets={config.build.buckets}"
+    if look is None:
+        if config.build.order == "time" and config.build.buckets == 1:
+            return [ok("order", f"{built}: days will lie in order of time")]
+        todo = "build: {order: time, buckets: 1}"
+        return [fail("order", f"{built}: days of several row groups will not lie in order of time", todo)]
+    try:
+        look()
+    except BadInput as error:
+        return [fail("order", str(error), "build the data set again, before trainers come")]
+    return [ok("order", "the data lies in order of time")]
 
 
 def check_grace(nodes: Sequence[NodeFacts], checkpoint_s: float = 0.0) -> list[Finding]:
@@ -213,28 +252,33 @@ def check_links(measure: Callable[[], Links]) -> list[Finding]:
     return [ok("network", text)]
 
 
-def check_plan(memory: float, nodes: Sequence[NodeFacts], config: Config, activations: bool = False) -> list[Finding]:
-    """Whether the fullest worker's tables, state and batch (``sizing.memory_of``) fit its GPU or its share of a
-    node's memory beside the object store. ``activations``: whether what a step holds until backward is in it."""
+def check_plan(
+    memory: WorkerMemory, nodes: Sequence[NodeFacts], config: Config, activations: bool = False
+) -> list[Finding]:
+    """Whether the fullest worker's tables, state and batch (``sizing.memory_of``) fit its GPU, with its share of the
+    host's memory for tables that the planner puts there (UVM), or without a GPU its share of a node's memory beside
+    the object store. ``activations``: whether what a step holds until backward is in it."""
     without = "" if activations else ", activations not counted (--costs does)"
     labels, training = config.ray.worker_labels, config.training
-    room = []
+    needs = memory.device
+    room, host = [], []
     for node in nodes:
         if not labels.items() <= node.labels.items() or node.cpus < config.ray.cpus_per_worker:
             continue
-        if training.gpu:
-            room += [float(node.gpu_memory)] if node.gpus else []
-        else:
-            here = min(int(node.cpus // config.ray.cpus_per_worker), workers_wanted(config))
+        here = min(int(node.cpus // config.ray.cpus_per_worker), workers_wanted(config))
+        if training.gpu and node.gpus:
+            room.append(float(node.gpu_memory))
+            host.append(TABLES_SHARE * (node.memory - node.object_store) / min(here, int(node.gpus)))
+        elif not training.gpu:
             room.append((node.memory - node.object_store) / here)
     if not room:
-        return [
-            warn(
-                "plan", f"a worker needs {human_bytes(memory)}{without}; no trainer node is there yet", "ask again then"
-            )
-        ]
-    text = f"the fullest worker needs {human_bytes(memory)} of {human_bytes(min(room))}{without}"
+        return [skip("plan", f"a worker needs {human_bytes(needs)}{without}, and no trainer node is there", BRING)]
+    text = f"the fullest worker needs {human_bytes(needs)} of {human_bytes(min(room))}{without}"
     todo = "more workers, row-wise tables (training.row_wise_from), fp16 weights, smaller batches"
-    if memory > 0.9 * min(room):
+    in_host = memory.in_host(USABLE * min(room)) if training.gpu else None
+    if in_host:
+        text += f"; {human_bytes(in_host)} of tables in host memory, of {human_bytes(min(host))}, slower"
+        return [warn("plan", text, todo) if in_host <= min(host) else fail("plan", text, todo)]
+    if needs > 0.9 * min(room):
         return [fail("plan", text, todo)]
-    return [warn("plan", text, todo)] if memory > 0.7 * min(room) else [ok("plan", text)]
+    return [warn("plan", text, todo)] if needs > 0.7 * min(room) else [ok("plan", text)]

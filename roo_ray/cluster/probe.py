@@ -7,18 +7,22 @@ import platform
 import re
 import shutil
 import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 from urllib.parse import urlsplit
 
-import psutil
+import pyarrow.fs as pafs
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from roo_ray.grace import grace_seconds
+from roo_ray.models.attention import kernel_problem
 from roo_ray.redact import redact_text
-from roo_ray.storage import join_path, open_filesystem
+from roo_ray.storage import is_local, join_path, open_filesystem
+from roo_ray.training.hosts import host_memory
 from roo_ray.training.tracking import store_problem
 
 DISTRIBUTIONS = ("ray", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "pyarrow", "numpy", "mlflow", "roo-ray")
@@ -27,9 +31,11 @@ PROBE_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """One node. Bytes throughout; ``grace_s``: NaN where it cannot be read; ``problems``: place -> why it cannot be
-    used from here; ``resources``: all that Ray counts, custom ones among them; ``driver``: NVIDIA's;
-    ``cuda``: that torch was built for, both empty without GPUs."""
+    """One node. Bytes throughout; ``memory``: of the machine, or of the container where it may have less; ``grace_s``:
+    NaN where it cannot be read; ``problems``: place -> why it cannot be used from here; ``unseen``: local folders in
+    which it does not see what another node wrote; ``resources``: all that Ray
+    counts, custom ones among them; ``driver``: NVIDIA's;
+    ``cuda``: that torch was built for; ``kernel``: why the GPU's attention kernel cannot run; empty without GPUs."""
 
     node: str
     is_head: bool
@@ -45,9 +51,11 @@ class NodeFacts:
     gpu_names: tuple[str, ...] = ()
     gpu_memory: int = 0
     problems: dict[str, str] = field(default_factory=dict)
+    unseen: tuple[str, ...] = ()
     resources: dict[str, float] = field(default_factory=dict)
     driver: str = ""
     cuda: str = ""
+    kernel: str = ""
 
 
 def driver_version() -> str:
@@ -78,6 +86,11 @@ def cuda_of_torch() -> str:
     return torch.version.cuda or ""
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, without secrets; its kind where it says nothing."""
+    return redact_text(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
+
+
 def storage_problem(path: str, writes: bool) -> str | None:
     """Why a folder or URI cannot be read (and written to), or None. What it writes it deletes."""
     try:
@@ -93,7 +106,24 @@ def storage_problem(path: str, writes: bool) -> str | None:
                     return "what was written does not come back"
             filesystem.delete_file(probe)
     except Exception as error:  # whatever the file system raises is the answer
-        return redact_text(str(error).splitlines()[0])
+        return first_line(error)
+    return None
+
+
+def source_problem(path: str) -> str | None:
+    """Why a file or folder of a source cannot be read, or None."""
+    try:
+        filesystem, inner = open_filesystem(path)
+        found = filesystem.get_file_info(inner)
+        if found.type == pafs.FileType.NotFound:
+            return "it is not there"
+        if found.is_file:
+            with filesystem.open_input_stream(inner) as stream:
+                stream.read(1)
+        elif not filesystem.get_file_info(pafs.FileSelector(inner)):
+            return "nothing is in it"
+    except Exception as error:  # as above
+        return first_line(error)
     return None
 
 
@@ -105,9 +135,18 @@ def server_problem(uri: str) -> str | None:
     return store_problem(uri)
 
 
-def facts_here(node: dict[str, Any], written: list[str], read: list[str], tracking: str | None) -> NodeFacts:
-    """The facts of this machine; ``node``: its entry in ``ray.nodes()``."""
-    problems = {path: problem for path in written if (problem := storage_problem(path, True))}
+def facts_here(
+    node: dict[str, Any],
+    written: list[str],
+    read: list[str],
+    tracking: str | None,
+    source: Sequence[str] = (),
+    signs: Mapping[str, str] | None = None,
+) -> NodeFacts:
+    """The facts of this machine; ``node``: its entry in ``ray.nodes()``; ``signs``: local folder -> a file in it."""
+    unseen = tuple(path for path, sign in (signs or {}).items() if not os.path.isfile(sign))
+    problems = {path: problem for path in source if (problem := source_problem(path))}
+    problems |= {path: problem for path in written if (problem := storage_problem(path, True))}
     problems |= {path: problem for path in read if (problem := storage_problem(path, False))}
     if tracking and (problem := server_problem(tracking)):
         problems[tracking] = problem
@@ -127,7 +166,7 @@ def facts_here(node: dict[str, Any], written: list[str], read: list[str], tracki
         cpus=node["Resources"].get("CPU", 0.0),
         gpus=node["Resources"].get("GPU", 0.0),
         versions=versions(),
-        memory=psutil.virtual_memory().total,
+        memory=host_memory(),
         shared_memory=shutil.disk_usage(shm).total if os.path.isdir(shm) else 0,
         object_store=int(node["Resources"].get("object_store_memory", 0)),
         disk_free=shutil.disk_usage(ray._private.worker._global_node.get_session_dir_path()).free,
@@ -135,22 +174,52 @@ def facts_here(node: dict[str, Any], written: list[str], read: list[str], tracki
         gpu_names=names,
         gpu_memory=gpu_memory,
         problems=problems,
+        unseen=unseen,
         resources=dict(node["Resources"]),
         driver=driver_version(),
         cuda=cuda_of_torch() if node["Resources"].get("GPU") else "",
+        kernel=kernel_problem() or "" if node["Resources"].get("GPU") else "",
     )
 
 
-def probe_nodes(written: list[str], read: list[str], tracking: str | None) -> tuple[list[NodeFacts], list[str]]:
+@contextmanager
+def signs_in(paths: Sequence[str]) -> Iterator[dict[str, str]]:
+    """A file in each of those folders that are local (folder -> file) while the block lasts. One that cannot be written
+    is not there, and nobody sees it."""
+    signs = {path: f"{open_filesystem(path)[1]}/.roo_ray_seen_{uuid.uuid4().hex}" for path in paths if is_local(path)}
+    try:
+        for sign in signs.values():
+            with suppress(OSError):
+                os.makedirs(os.path.dirname(sign), exist_ok=True)
+                with open(sign, "wb"):
+                    pass
+        yield signs
+    finally:
+        for sign in signs.values():
+            with suppress(OSError):
+                os.remove(sign)
+
+
+def probe_nodes(
+    written: list[str],
+    read: list[str],
+    tracking: str | None,
+    source: Sequence[str] = (),
+    data_labels: Mapping[str, str] | None = None,
+) -> tuple[list[NodeFacts], list[str]]:
     """(facts of each node that answers, names of those that do not). ``written`` / ``read``: folders and URIs that
-    the run writes to / reads from; ``tracking``: the MLflow store. Takes no CPU of the cluster."""
+    the run writes to / reads from; ``tracking``: the MLflow store; ``source``: what a build reads, on nodes with
+    ``data_labels``. Takes no CPU of the cluster."""
     task = ray.remote(num_cpus=0, max_retries=0)(facts_here)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     asked = {}
-    for node in nodes:
-        on_it = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        asked[task.options(scheduling_strategy=on_it).remote(node, written, read, tracking)] = node
-    done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=PROBE_TIMEOUT_S)
+    with signs_in(written) as signs:
+        for node in nodes:
+            on_it = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            builds = (data_labels or {}).items() <= node.get("Labels", {}).items()
+            reads = list(source) if builds else []
+            asked[task.options(scheduling_strategy=on_it).remote(node, written, read, tracking, reads, signs)] = node
+        done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=PROBE_TIMEOUT_S)
     facts, silent = [], []
     for reference, node in asked.items():
         try:

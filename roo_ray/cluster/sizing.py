@@ -19,15 +19,19 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from roo_ray.cluster.memory import USABLE, Table, WorkerMemory, worker_memory
 from roo_ray.config import Config
 from roo_ray.errors import ConfigError
-from roo_ray.ingest.expected import expected_steps, kept_events, mean_cost
+from roo_ray.ingest.expected import expected_steps, mean_cost
 from roo_ray.ingest.holdout import select_files
 from roo_ray.models.cost import training_megaflops
 from roo_ray.models.embeddings import lookup_features
+from roo_ray.models.pooled import pooled_levels
 from roo_ray.models.ranking import make_towers
+from roo_ray.requests.lengths import mean_ids, sequence_shares
 from roo_ray.requests.manifest import Manifest
 from roo_ray.schema import Strict
+from roo_ray.training.hosts import TABLES_SHARE
 
 FLOAT = 4
 OPTIMIZER_FLOATS = {"rowwise_adagrad": 0, "adagrad": 1, "sgd": 0, "adam": 2, "lamb": 2}  # per weight, beside per row
@@ -62,46 +66,55 @@ class UnitCosts(Strict):
 
 
 class Prices(Strict):
-    """``trainer_hour``: of one worker's share of a node; ``data_cpu_hour``: of one CPU of a data node, which has
-    ``data_node_cpus`` and is paid whole; ``head_hour``. Any currency. ``worker_memory``: bytes of one GPU, or of a
-    worker's share of a node."""
+    """``trainer_hour``: of one worker's share of a node, which has room for ``trainers_per_node`` and is paid whole;
+    ``data_cpu_hour``: of one CPU of a data node, which has ``data_node_cpus`` and is paid whole; ``head_hour``. Any
+    currency. ``worker_memory``: bytes of one GPU, or of a worker's share of a node; ``worker_host_memory``: beside a
+    GPU, of a worker's share of its node, where tables may lie that the GPU has no room for."""
 
     trainer_hour: float = Field(ge=0)
+    trainers_per_node: int = Field(default=1, gt=0)
     data_cpu_hour: float = Field(default=0.05, ge=0)
     data_node_cpus: int = Field(default=16, gt=0)
     head_hour: float = Field(default=0.0, ge=0)
     worker_memory: float | None = Field(default=None, gt=0)
+    worker_host_memory: float | None = Field(default=None, gt=0)
 
 
 @dataclass(frozen=True)
 class Shape:
     """What a run does, whatever it runs on. ``steps``: of an epoch; per step over all lanes, in the mean:
     ``requests`` and ``megaflops``; ``full_requests``: of a step with full batches, where there are more;
-    ``lookup_bytes``: looked-up embeddings of a request."""
+    ``lookup_bytes``: looked-up embeddings of a request; ``reduced_bytes``: those beside them of row-wise pooled tables,
+    of whose bags every worker sends its part."""
 
     steps: int
     requests: float
     megaflops: float
     lookup_bytes: float
-    table_bytes: dict[str, tuple[float, bool]]  # weights and optimizer state; whether row-wise
+    tables: dict[str, Table]
     dense_bytes: float
     epochs: int
     lanes: int
     full_requests: float = 0.0
+    reduced_bytes: float = 0.0
     checkpoint_every_steps: int | None = None
     checkpoint_every_minutes: float | None = None
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A run on W workers. Bytes and seconds; ``exchange_bytes``: that a rank sends in a step; ``data_cpus`` on
-    ``data_nodes`` read for all trainers together; ``checkpoints`` of ``checkpoint_bytes`` each."""
+    """A run on W workers. Bytes and seconds; ``memory``: of the fullest worker, all on its device; ``host_memory``: of
+    it, what a GPU has no room for and its host takes (a step is slower then than predicted); ``exchange_bytes``: that
+    a rank sends in a step; ``data_cpus`` on ``data_nodes`` read for all trainers, on ``trainer_nodes``;
+    ``checkpoints`` of ``checkpoint_bytes`` each."""
 
     workers: int
     step_s: float
     memory: float
+    host_memory: float
     data_cpus: int
     data_nodes: int
+    trainer_nodes: int
     exchange_bytes: float
     checkpoints: int
     checkpoint_bytes: float
@@ -111,30 +124,46 @@ class Prediction:
 
 
 def shape_of(config: Config, manifest: Manifest) -> Shape:
-    """The run of ``config`` on a data set: its plan, with the mean requests of the manifest. Raises ConfigError for no
-    data, DataError where nothing would be trained on."""
+    """The run of ``config`` on a data set: its plan, with the mean requests and ids of the manifest. Raises ConfigError
+    for no data, DataError where nothing would be trained on."""
     if not manifest.requests:
         raise ConfigError(f"{config.requests} has no requests to size a run by")
     schema, ingest = config.request_schema, config.ingest
     impressions = max(manifest.impressions / manifest.requests, 1.0)
     tokens = manifest.tokens / manifest.requests
     coefficients = training_megaflops(schema, config.model)
-    work = float(mean_cost(schema, coefficients, np.array(impressions), np.array(tokens)))
+    ids = mean_ids(schema, manifest, config.requests)
+    shares = sequence_shares(schema, manifest, ids)
+    work = float(mean_cost(schema, coefficients, np.array(impressions), np.array(tokens), shares))
     fits = [ingest.batch_impressions / impressions] if ingest.batch_impressions else []
     fits += [ingest.batch_cost / work] if ingest.batch_cost else []
     per_lane = max(min(fits), 1.0)
-    events = float(kept_events(schema, np.array(tokens))[0]) / max(len(schema.sequences), 1)
-    lookup, tables = 0.0, {}
-    impression_level = {f.name for f in schema.features if f.level == "impression"}
+    lookup, reduced, tables = 0.0, 0.0, dict[str, Table]()
+    pooled = pooled_levels(schema, config.model.embeddings.pooled)
     weight = FLOAT if config.model.embeddings.weights == "fp32" else 2
     state = OPTIMIZER_FLOATS[config.model.embeddings.optimizer]
     for table, keys in lookup_features(schema).items():
         rows, dim = schema.tables[table].rows, schema.tables[table].dim
-        ids = sum(events if "." in key else impressions if key in impression_level else 1.0 for key in keys)
-        lookup += ids * dim * FLOAT
+        if table in pooled:  # those of an impression-level one look up their requests' bags at B_NRO, too
+            vectors = (impressions if pooled[table] == "impression" else 1.0) * len(keys)
+        else:
+            vectors = sum(ids.per_request[key] for key in keys)
         kind = config.model.embeddings.sharding.get(table)
-        row_wise = kind in ("row_wise", "column_wise") or (kind is None and rows >= config.training.row_wise_from)
-        tables[table] = (float(rows * (dim * (weight + state * FLOAT) + FLOAT)), row_wise)
+        by_rows = kind in ("row_wise", "grid") or (kind is None and rows >= config.training.row_wise_from)
+        split = by_rows or kind == "column_wise"
+        if by_rows and table in pooled:
+            reduced += vectors * dim * FLOAT
+        else:
+            lookup += vectors * dim * FLOAT
+        tables[table] = (
+            Table(3.0 * rows * dim * weight, "copied")
+            if kind == "data_parallel"
+            else Table(
+                float(rows * (dim * (weight + state * FLOAT) + FLOAT)),
+                "split" if split else "whole",
+                table in config.model.embeddings.uvm,
+            )
+        )
     with torch.random.fork_rng(devices=[]):
         dense = sum(p.numel() for p in make_towers(schema, config.model).parameters())
     trained = float(sum(file.requests for file in select_files(manifest, config.holdout, "train")))
@@ -146,7 +175,8 @@ def shape_of(config: Config, manifest: Manifest) -> Shape:
         megaflops=trained / steps * work,
         full_requests=min(per_lane * ingest.lanes, trained),
         lookup_bytes=lookup,
-        table_bytes=tables,
+        reduced_bytes=reduced,
+        tables=tables,
         dense_bytes=float(dense * FLOAT),
         epochs=config.training.epochs,
         lanes=ingest.lanes,
@@ -155,29 +185,48 @@ def shape_of(config: Config, manifest: Manifest) -> Shape:
     )
 
 
-def memory_of(shape: Shape, workers: int, costs: UnitCosts) -> float:
-    """Bytes that the fullest worker holds: its tables with their optimizer's state (row-wise tables are split, the
-    others dealt out largest first), the dense part with gradients and Adam's two moments, looked-up embeddings with
-    gradients and the exchange's buffer, and what the step's work holds until backward; all of a full batch."""
-    loads = [sum(size for size, split in shape.table_bytes.values() if split) / workers] * workers
-    for size in sorted((size for size, split in shape.table_bytes.values() if not split), reverse=True):
-        loads[loads.index(min(loads))] += size
+def memory_of(shape: Shape, workers: int, costs: UnitCosts) -> WorkerMemory:
+    """What the fullest worker holds: its tables with their optimizer's state, the dense part with gradients and
+    Adam's two moments, looked-up embeddings with gradients and the exchange's buffer, and what the step's work holds
+    until backward; all of a full batch."""
     lanes = math.ceil(shape.lanes / workers) / shape.lanes
     full = max(shape.full_requests, shape.requests)
-    lookups = 3 * shape.lookup_bytes * full * lanes
+    lookups = 3 * (shape.lookup_bytes + shape.reduced_bytes * workers) * full * lanes
     work = shape.megaflops * full / shape.requests
-    return max(loads) + 4 * shape.dense_bytes + lookups + work * lanes * costs.activation_bytes_per_megaflop
+    rest = 4 * shape.dense_bytes + lookups + work * lanes * costs.activation_bytes_per_megaflop
+    return worker_memory(shape.tables.values(), workers, rest)
+
+
+def fits(memory: WorkerMemory, prices: Prices, gpu: bool) -> tuple[bool, float]:
+    """Whether a worker of these prices holds it, and how many bytes of tables are in host memory then: those that a
+    GPU has no room for, where the host is known to have it."""
+    room = prices.worker_memory
+    if not gpu:
+        return room is None or memory.device <= room, 0.0
+    in_host = memory.hosted if room is None else memory.in_host(USABLE * room)
+    if in_host is None:
+        return False, 0.0
+    host = prices.worker_host_memory
+    return in_host <= (TABLES_SHARE * host if host is not None else memory.hosted), in_host
 
 
 def exchanged_bytes(shape: Shape, workers: int) -> float:
     """Embeddings and their gradients that a rank sends to the others in a step."""
     lanes = math.ceil(shape.lanes / workers) / shape.lanes
-    return 2 * shape.lookup_bytes * shape.requests * lanes * (workers - 1) / workers
+    sent = shape.lookup_bytes + shape.reduced_bytes * workers
+    return 2 * sent * shape.requests * lanes * (workers - 1) / workers
 
 
 def sent_bytes(shape: Shape, workers: int) -> float:
-    """All that a rank sends in a step: the exchange, and the all-reduce of the dense part's gradients."""
-    return exchanged_bytes(shape, workers) + 2 * (workers - 1) / workers * shape.dense_bytes
+    """All that a rank sends in a step: the exchange, and the all-reduce of the gradients of the dense part and of
+    tables that every worker has."""
+    reduced = shape.dense_bytes + sum(table.size / 3 for table in shape.tables.values() if table.kind == "copied")
+    return exchanged_bytes(shape, workers) + 2 * (workers - 1) / workers * reduced
+
+
+def state_bytes(shape: Shape) -> float:
+    """Of a whole checkpoint: tables with optimizer state, the dense part with Adam's moments."""
+    return sum(table.size for table in shape.tables.values()) + 3 * shape.dense_bytes
 
 
 def checkpoints_of(shape: Shape, training_s: float, write_s: float) -> int:
@@ -197,29 +246,32 @@ def predict(shape: Shape, workers: int, costs: UnitCosts, prices: Prices) -> Pre
     step = costs.fixed_s * contention + contention * shape.megaflops * lanes * costs.per_megaflop_s
     if workers > 1:
         step += costs.latency_s * contention + sent_bytes(shape, workers) / costs.bandwidth
-    state = sum(size for size, _ in shape.table_bytes.values()) + 3 * shape.dense_bytes
+    state = state_bytes(shape)
     data_cpus = max(1, math.ceil(shape.requests / step / costs.read_requests_per_s))
     data_nodes = math.ceil(data_cpus / prices.data_node_cpus)
     training = shape.epochs * shape.steps * step
     write = state / workers / costs.checkpoint_bandwidth
     checkpoints = checkpoints_of(shape, training, write)
     seconds = costs.start_s + training + checkpoints * state / workers / costs.copy_bandwidth + write
-    per_hour = workers * prices.trainer_hour + prices.head_hour
+    trainer_nodes = math.ceil(workers / prices.trainers_per_node)
+    per_hour = trainer_nodes * prices.trainers_per_node * prices.trainer_hour + prices.head_hour
     per_hour += data_nodes * prices.data_node_cpus * prices.data_cpu_hour
     memory = memory_of(shape, workers, costs)
-    fits = prices.worker_memory is None or memory <= prices.worker_memory
+    fit, in_host = fits(memory, prices, costs.gpu)
     return Prediction(
         workers=workers,
         step_s=step,
-        memory=memory,
+        memory=memory.device,
+        host_memory=in_host,
         data_cpus=data_cpus,
         data_nodes=data_nodes,
+        trainer_nodes=trainer_nodes,
         exchange_bytes=exchange,
         checkpoints=checkpoints,
         checkpoint_bytes=state,
         seconds=seconds,
         cost=per_hour * seconds / 3600,
-        fits=fits,
+        fits=fit,
     )
 
 

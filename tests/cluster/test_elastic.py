@@ -56,6 +56,7 @@ def training_requests(folder: Path, manifest: Manifest, keys: list[str]) -> tupl
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_a_run_grows_and_shrinks_with_the_cluster(one_node: Cluster, tmp_path: Path) -> None:
     train = ["jobs/train.py", "--config", "configs/demo.yaml", *cli_overrides(tmp_path, *SETTINGS)]

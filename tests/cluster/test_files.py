@@ -16,13 +16,15 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from mlflow.server.security_utils import is_allowed_host_header
+from packaging.requirements import Requirement
 from ray._private.runtime_env.packaging import _get_ignore_file
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from roo_ray.cluster.preflight import LEAST_DRIVER
-from roo_ray.cluster.price_files import read_prices
-from roo_ray.config import load_config
+from roo_ray.cluster.preflight import LEAST_DRIVER, check_order
+from roo_ray.config import Incremental, load_config
 from roo_ray.grace import GRACE_VARIABLE
+from roo_ray.training.tracking import COMMIT_VARIABLE
 from tests.cluster.heads import ROOT
 
 CLUSTER = ROOT / "cluster"
@@ -104,6 +106,23 @@ def test_the_autoscaler_in_the_heads_container_has_what_it_needs() -> None:
     assert {"boto3", "google-api-python-client", "google-auth-httplib2", "google-auth"} <= pinned
 
 
+def test_the_gpu_image_has_the_compiler_that_triton_wants() -> None:
+    assert re.search(r"^triton==", (CLUSTER / "requirements-gpu.txt").read_text(), re.MULTILINE)
+    (apt,) = [text for verb, text in instructions(CLUSTER / "Dockerfile.gpu") if verb == "RUN" and "apt-get" in text]
+    assert {"gcc", "libc6-dev"} <= set(apt.split())
+
+
+def test_the_images_know_the_commit_of_their_code() -> None:
+    """They have no git; the guide's command says it."""
+    for path in DOCKERFILES[:2]:
+        steps = instructions(path)
+        assert ("ARG", f'{COMMIT_VARIABLE}=""') in steps
+        assert (
+            f"{COMMIT_VARIABLE}=${{{COMMIT_VARIABLE}}}" in [arguments for verb, arguments in steps if verb == "ENV"][-1]
+        )
+    assert f"--build-arg {COMMIT_VARIABLE}=$(git rev-parse HEAD)" in (ROOT / "docs/cluster.md").read_text()
+
+
 def test_a_wrong_launcher_file_is_refused() -> None:
     wrong = yaml.safe_load(LAUNCHERS[0].read_text())
     with pytest.raises(jsonschema.ValidationError):
@@ -157,6 +176,9 @@ def test_kuberay_manifests_fit_their_crd(path: Path) -> None:
         pod = group["template"]["spec"]
         (container,) = pod["containers"]
         assert pod["securityContext"]["runAsNonRoot"]
+        # KubeRay gives the head's account the autoscaler's rights over pods
+        assert (pod["serviceAccountName"] == "roo-ray") == (group is head)
+        assert pod.get("automountServiceAccountToken", True) == (group is head)
         mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
         assert ("/tmp/ray" in mounted) == (group is not head)  # KubeRay mounts the logs that head and autoscaler share
         shm = next(volume for volume in pod["volumes"] if volume["name"] == "shm")["emptyDir"]["sizeLimit"]
@@ -184,24 +206,43 @@ def test_kuberay_manifests_fit_their_crd(path: Path) -> None:
         assert "jobs/train.py" in commands[-1]
 
 
+def guides_config(folder: Path) -> Path:
+    """The config of docs/cluster.md as a file in ``folder``, with a schema beside it."""
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/cluster.md").read_text(), re.DOTALL)
+    shutil.copy(ROOT / "configs/schemas/synthetic.yaml", folder / "schema.yaml")
+    (folder / "config.yaml").write_text(block)
+    return folder / "config.yaml"
+
+
 @pytest.mark.parametrize("fails", [None, "jobs/build_requests.py"])
 def test_the_nightly_entrypoint(fails: str | None, tmp_path: Path) -> None:
-    """As KubeRay hands it to a shell: what it starts, and that nothing is trained where the build has failed."""
+    """As KubeRay hands it to a shell: what it starts, that nothing is trained where the build has failed, and that with
+    the guide's config days are built in the order of time, in which they are trained on."""
     spec = yaml.safe_load((CLUSTER / "kuberay/raycronjob-nightly.yaml").read_text())["spec"]["jobTemplate"]
     python, log = tmp_path / "python", tmp_path / "log"
-    python.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {log}\n[ "$1" != "{fails}" ] || exit 2\n')
+    python.write_text(
+        f'#!/bin/sh\nprintf "%s\\t" "$@" >> {log}\nprintf "\\n" >> {log}\n[ "$1" != "{fails}" ] || exit 2\n'
+    )
     python.chmod(0o755)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(["sh", "-c", spec["entrypoint"]], env=env, capture_output=True, text=True, check=False)
-    build, *train = log.read_text().splitlines()
-    assert build.startswith("jobs/build_requests.py --config s3://BUCKET/configs/train.yaml --through yesterday ")
-    assert "ray.data_labels={role: data}" in build
+    build, *train = [line.rstrip("\t").split("\t") for line in log.read_text().splitlines()]
+    config = ["--config", "s3://BUCKET/configs/train.yaml"]
+    assert build[:5] == ["jobs/build_requests.py", *config, "--through", "yesterday"]
+    built = load_config(guides_config(tmp_path), build[5:])
+    assert built.ray.data_labels == {"role": "data"}
+    assert (built.build.order, built.build.buckets) == ("time", 1)
     if fails:
         assert (done.returncode, train) == (2, [])
-    else:
-        assert done.returncode == 0, done.stderr
-        assert [line.split()[0] for line in train] == ["jobs/train.py"]
-        assert "incremental={}" in train[0]
+        return
+    assert done.returncode == 0, done.stderr
+    (words,) = train
+    assert words[:3] == ["jobs/train.py", *config]
+    trained = load_config(guides_config(tmp_path), words[3:])
+    assert (trained.incremental, trained.run_name) == (Incremental(), "nightly")
+    assert trained.build == built.build  # what is built first, before any night
+    (order,) = check_order(trained, None)
+    assert order.level == "ok"
 
 
 def test_an_unknown_field_of_a_manifest_is_refused() -> None:
@@ -265,6 +306,18 @@ def test_lock_files_pin_all_with_hashes(path: Path) -> None:
         ours = "fbgemm-gpu" if "gpu" in path.name else "fbgemm-gpu-cpu"
         assert names & {"fbgemm-gpu", "fbgemm-gpu-cpu"} == {ours}
         assert any(name.startswith("nvidia-") for name in names) == ("gpu" in path.name)
+        assert ("nvidia-ml-py" in names) == ("gpu" in path.name)  # MLflow's monitor of GPUs imports pynvml
+
+
+@pytest.mark.parametrize(("extra", "kind"), [("torchrec", "cpu"), ("gpu", "gpu")])
+def test_lock_files_have_what_pyproject_asks_for(extra: str, kind: str) -> None:
+    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lock = (CLUSTER / f"requirements-{kind}.txt").read_text()
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)", lock, flags=re.MULTILINE))
+    for line in [*project["dependencies"], *project["optional-dependencies"][extra]]:
+        wanted = Requirement(line)
+        assert wanted.specifier.contains(pinned[wanted.name]), line
 
 
 def test_the_compose_file_fits_the_compose_specification() -> None:
@@ -331,38 +384,15 @@ def test_the_mlflow_server_keeps_secrets_out_of_its_files() -> None:
                 assert "value" not in entry or "PASSWORD" not in entry["name"]
 
 
-def test_the_guide_names_what_there_is(tmp_path: Path) -> None:
-    """Its config and prices are valid, its jobs and files exist, and nodes have its labels."""
-    guide = (ROOT / "docs/cluster.md").read_text()
-    (block,) = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
-    shutil.copy(ROOT / "configs/schemas/synthetic.yaml", tmp_path / "schema.yaml")
-    (tmp_path / "config.yaml").write_text(block)
-    settings = load_config(tmp_path / "config.yaml").ray
-    for path in LAUNCHERS:
-        labels = [kind.get("labels", {}) for kind in yaml.safe_load(path.read_text())["available_node_types"].values()]
-        for wanted in (settings.data_labels, settings.worker_labels):
-            assert any((wanted | settings.fall_back_labels).items() <= label.items() for label in labels)
-    (prices,) = re.findall(r"prices.yaml <<EOF\n(.*?)EOF", guide, re.DOTALL)
-    (tmp_path / "prices.yaml").write_text(prices)
-    assert read_prices(str(tmp_path / "prices.yaml")).trainer_hour > 0
-    files = set(re.findall(r"\b((?:jobs|benchmarks|packaging|cluster|roo_ray)/[\w/.-]+\.\w+)", guide))
-    assert len(files) > 10
-    assert [name for name in files if not (ROOT / name).exists()] == []
-
-
-def test_the_guides_commands_are_bash_and_use_what_is_set_before(tmp_path: Path) -> None:
-    guide = (ROOT / "docs/cluster.md").read_text()
-    blocks = re.findall(r"```bash\n(.*?)```", guide, re.DOTALL)
-    script = "\n".join(blocks)
-    done = subprocess.run(["bash", "-n", "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    known = {"name", "role", "image", "1", "IP"}  # of loops, of a function, of the head's own shell
-    for line in script.splitlines():
-        line = line.partition(" #")[0]
-        used = set(re.findall(r"\$\{?(\w+)", line))
-        assert used <= known, f"{used - known} in: {line}"
-        known |= set(re.findall(r"(?:export |^)([A-Z_]+)=", line))
-    assert "REGISTRY/" not in re.sub(r"\$REGISTRY/", "", script)
+@pytest.mark.parametrize("name", ["compose.yaml", "kubernetes.yaml"])
+def test_the_mlflow_server_answers_where_it_is_looked_for(name: str) -> None:
+    """By jobs, and by the addresses that a tunnel prints."""
+    (hosts,) = re.findall(
+        r"--allowed-hosts[= ](?:\"\$\{MLFLOW_HOSTS:-)?([\w.:,-]+)", (CLUSTER / "mlflow" / name).read_text()
+    )
+    for host in ("mlflow:5000", "localhost:5000", "127.0.0.1:5000"):
+        assert is_allowed_host_header(hosts.split(","), host), host
+    assert not is_allowed_host_header(hosts.split(","), "elsewhere.example:5000")
 
 
 def test_the_mlflow_password_stays_where_it_is() -> None:

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import runpy
 import sys
 import threading
 from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from ray.data import DataContext
+import ray
 
 from roo_ray import session
-from roo_ray.cluster import preflight
+from roo_ray.cluster import preflight, probe
 from roo_ray.cluster.findings import Finding, worst
 from roo_ray.cluster.links import Links
-from roo_ray.cluster.probe import NodeFacts, probe_nodes, server_problem, storage_problem, versions
+from roo_ray.cluster.memory import WorkerMemory
+from roo_ray.cluster.probe import NodeFacts, probe_nodes, server_problem, source_problem, storage_problem, versions
 from roo_ray.cluster.sizing import UnitCosts, memory_of, shape_of
-from roo_ray.config import Config, RaySettings, load_config
-from roo_ray.errors import ClusterError
+from roo_ray.config import Config, load_config
+from roo_ray.errors import ClusterError, NotChecked
 from roo_ray.requests.manifest import load_manifest
-from roo_ray.session import Placing, bundles_of, place_data, placing, require_places
+from roo_ray.training.hosts import host_memory
 from tests.cluster.heads import ROOT, free_port
 from tests.ingest import shard_maker
 from tests.ingest.shard_maker import random_rows, write_data_set
@@ -82,7 +84,7 @@ def test_nodes_that_do_not_answer() -> None:
         preflight.check_grace([NODE]),
     ):
         assert worst(of_nobody) == "fail"
-    assert worst(preflight.check_plan(1, [], config)) == "warn"
+    assert worst(preflight.check_plan(held(1), [], config)) == "skip"
 
 
 def test_the_job_ends_where_no_node_answers(
@@ -90,7 +92,10 @@ def test_the_job_ends_where_no_node_answers(
 ) -> None:
     """Which cluster is asked is the only thing that is not real."""
     monkeypatch.setattr(session, "connect", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr("roo_ray.cluster.probe.probe_nodes", lambda *_: ([], ["b 12ab (no module named roo_ray)"]))
+    monkeypatch.setattr(
+        "roo_ray.cluster.probe.probe_nodes", lambda *_, **__: ([], ["b 12ab (no module named roo_ray)"])
+    )
+    monkeypatch.setattr(session, "alive_nodes", lambda: 1)
     monkeypatch.setattr(sys, "argv", ["preflight.py", "--config", str(ROOT / "configs/demo.yaml")])
     job = runpy.run_path(str(ROOT / "jobs/preflight.py"))
     with pytest.raises(ClusterError, match="no node answers"):
@@ -99,6 +104,53 @@ def test_the_job_ends_where_no_node_answers(
     assert first.startswith("fail  nodes")
     assert "b 12ab (no module named roo_ray) does not answer" in first
     assert "no node answers" in second
+
+
+def test_an_sqlite_store_is_refused_as_training_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Also where the config names it. Which nodes there are is the only thing that is not real."""
+    monkeypatch.setattr(session, "connect", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(session, "alive_nodes", lambda: 3)
+    monkeypatch.setattr("roo_ray.cluster.probe.probe_nodes", lambda *_, **__: ([], ["b 12ab (silent)"]))
+    command = ["preflight.py", "--config", str(ROOT / "configs/demo.yaml"), f"tracking.uri=sqlite:///{tmp_path}/a.db"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(ClusterError):
+        runpy.run_path(str(ROOT / "jobs/preflight.py"))["main"]()
+    assert re.search(r"^fail  mlflow .*3 nodes and the MLflow store is an SQLite file", capsys.readouterr().out)
+
+
+AUTOSCALED = ["ray.worker_labels={role: trainer}", "ray.data_labels={role: data}", "ray.wait_for_nodes_s=60"]
+
+
+@pytest.mark.parametrize("bring", [False, True])
+def test_a_cluster_scaled_to_zero_is_not_ready(
+    bring: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, local_ray: None
+) -> None:
+    """On this Ray, without nodes of these labels and GPUs; that ``--bring`` gets some is in test_submitted_job."""
+    asked: list[list[dict[str, str]]] = []
+
+    def come(bundles: list[dict[str, float]], labels: list[dict[str, str]], seconds: float) -> bool:
+        asked.append(labels)
+        return False
+
+    monkeypatch.setattr(session, "_come", come)
+    monkeypatch.setattr(session, "connect", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(preflight, "LEAST_GRACE_S", 1)  # this Ray's is 3
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    paths = [f"requests={tmp_path}/requests", f"storage={tmp_path}/runs", "tracking.enabled=false"]
+    command = ["preflight.py", "--config", str(ROOT / "configs/demo.yaml"), *AUTOSCALED, *paths, "training.gpu=true"]
+    monkeypatch.setattr(sys, "argv", [*command, *(["--bring"] if bring else [])])
+    job = runpy.run_path(str(ROOT / "jobs/preflight.py"))
+    with pytest.raises(ClusterError if bring else NotChecked, match=r"checks failed" if bring else "not ready: gpus"):
+        job["main"]()
+    output = capsys.readouterr().out
+    assert "ready:" not in output
+    for check in ("places", "gpus", "plan", "network"):
+        assert re.search(rf"^skip  {check}", output, re.MULTILINE), check
+    assert bool(asked) == bring
+    if bring:
+        assert asked[0] == [{"role": "trainer"}] * 2 + [{"role": "data"}]
 
 
 def test_versions_equal_on_all_nodes() -> None:
@@ -125,7 +177,7 @@ def test_versions_of_this_machine_fit() -> None:
     [
         (["ray.worker_labels={role: trainer}", "training.workers=4"], "ok", "room for 4 workers"),
         (["ray.worker_labels={role: nobody}"], "fail", "no node has ray.worker_labels"),
-        (["ray.worker_labels={role: nobody}", "ray.wait_for_nodes_s=60"], "warn", "no node has ray.worker_labels"),
+        (["ray.worker_labels={role: nobody}", "ray.wait_for_nodes_s=60"], "skip", "no node has ray.worker_labels"),
         (["ray.data_labels={role: data}"], "fail", "no node has ray.data_labels"),
         (["training.gpu=true"], "fail", "room for 0 of 2 workers"),
         (["ray.cpus_per_worker=3"], "fail", "room for 1 of 2 workers"),
@@ -148,6 +200,14 @@ def test_gpus_that_torch_does_not_see() -> None:
     level, text = level_and_text(preflight.check_places(demo("training.gpu=true"), [node]))
     assert level == "fail"
     assert "Ray counts 2 GPUs and torch sees 1" in text
+
+
+def test_gpus_without_what_the_attention_kernel_needs() -> None:
+    node = replace(NODE, gpus=2, gpu_names=("L4", "L4"), kernel="Triton finds no C compiler (CC, gcc or clang)")
+    level, text = level_and_text(preflight.check_places(demo("training.gpu=true"), [node]))
+    assert level == "warn"
+    assert "no C compiler" in text
+    assert worst(preflight.check_places(demo(), [node])) == "ok"  # a run on CPUs has another kernel
 
 
 @pytest.mark.parametrize(
@@ -188,17 +248,37 @@ def test_job_stop_grace_counts_on_the_head_alone() -> None:
     assert "no whole number" in text
 
 
+def held(gigabytes: float) -> WorkerMemory:
+    return WorkerMemory((), 0.0, gigabytes * GB)
+
+
 def test_the_plan_fits_into_memory() -> None:
     config = demo("ray.worker_labels={role: trainer}")
-    assert worst(preflight.check_plan(10 * GB, [HEAD, NODE], config)) == "ok"
-    assert worst(preflight.check_plan(18 * GB, [HEAD, NODE], config)) == "warn"
-    assert worst(preflight.check_plan(40 * GB, [HEAD, NODE], config)) == "fail"
+    assert worst(preflight.check_plan(held(10), [HEAD, NODE], config)) == "ok"
+    assert worst(preflight.check_plan(held(18), [HEAD, NODE], config)) == "warn"
+    assert worst(preflight.check_plan(held(40), [HEAD, NODE], config)) == "fail"
     on_gpu = demo("training.gpu=true")
-    assert worst(preflight.check_plan(10 * GB, [replace(NODE, gpus=1, gpu_memory=24 * GB)], on_gpu)) == "ok"
-    assert worst(preflight.check_plan(10 * GB, [HEAD], on_gpu)) == "warn"
+    assert worst(preflight.check_plan(held(10), [replace(NODE, gpus=1, gpu_memory=24 * GB)], on_gpu)) == "ok"
+    assert worst(preflight.check_plan(held(10), [HEAD], on_gpu)) == "skip"
     for activations in (False, True):
-        _, text = level_and_text(preflight.check_plan(10 * GB, [HEAD, NODE], config, activations))
+        _, text = level_and_text(preflight.check_plan(held(10), [HEAD, NODE], config, activations))
         assert ("activations not counted" in text) != activations
+
+
+@pytest.mark.parametrize(
+    ("gpu", "level"), [(24, "ok"), (20, "warn"), (10, "warn"), (6, "warn"), (4, "fail"), (1, "fail")]
+)
+def test_tables_that_a_gpu_has_no_room_for(gpu: int, level: str) -> None:
+    """15 GB in tables of 6, 6 and 3 and 1 GB beside them; two GPUs share 36 GB for tables of a host of 64 GB."""
+    memory = WorkerMemory((6.0 * GB, 6.0 * GB, 3.0 * GB), 0.0, 1.0 * GB)
+    node = replace(NODE, gpus=2, gpu_memory=gpu * GB)
+    found, text = level_and_text(preflight.check_plan(memory, [node], demo("training.gpu=true")))
+    assert found == level
+    assert ("of tables in host memory" in text) == (gpu in (10, 6))
+    full = replace(node, memory=30 * GB)  # of which 19 are the object store's
+    assert worst(preflight.check_plan(memory, [full], demo("training.gpu=true"))) == (
+        "ok" if gpu == 24 else "warn" if gpu == 20 else "fail"
+    )
 
 
 def test_the_facts_of_this_machine(local_ray: None, tmp_path: Path) -> None:
@@ -210,16 +290,47 @@ def test_the_facts_of_this_machine(local_ray: None, tmp_path: Path) -> None:
     assert silent == []
     (node,) = nodes
     assert (node.is_head, node.cpus, node.resources["CPU"], node.problems) == (True, 4, 4, {})
+    assert node.unseen == ()
+    assert list((tmp_path / "runs").iterdir()) == []  # what was written there is gone
     assert (node.driver == "") == (not Path("/proc/driver/nvidia/version").exists())
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log/day.parquet").write_bytes(b"x")
+    (tmp_path / "empty").mkdir()
+    logs = [f"{tmp_path}/{name}" for name in ("log", "log/day.parquet", "none", "empty")]
+    below_a_file = f"{tmp_path}/log/day.parquet/requests"
+    ((asked,), _), ((not_asked,), _) = (
+        probe_nodes([below_a_file], [], None, logs, labels) for labels in ({}, {"role": "data"})
+    )
+    assert asked.problems.keys() == {*logs[2:], below_a_file}
+    assert asked.problems[logs[2]] == "it is not there"
+    assert not_asked.problems.keys() == {below_a_file}  # it is no data node
     assert preflight.room_for(config, nodes) == 4
     assert worst(preflight.check_nodes(nodes, silent)) == "ok"
     assert worst(preflight.check_versions(nodes)) == "ok"
     shape = shape_of(config, load_manifest(config.requests))
     memory = memory_of(shape, 2, UnitCosts(fixed_s=0, per_megaflop_s=1))
     assert worst(preflight.check_plan(memory, nodes, config)) == "ok"
-    share = (psutil.virtual_memory().total - 500_000_000) / 2  # of two workers, beside this Ray's object store
-    assert worst(preflight.check_plan(0.8 * share, nodes, config)) == "warn"
-    assert worst(preflight.check_plan(0.95 * share, nodes, config)) == "fail"
+    share = (host_memory() - 500_000_000) / 2  # of two workers, beside this Ray's object store
+    assert worst(preflight.check_plan(held(0.8 * share / GB), nodes, config)) == "warn"
+    assert worst(preflight.check_plan(held(0.95 * share / GB), nodes, config)) == "fail"
+
+
+def test_a_pod_has_what_its_limit_says(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what its machine has."""
+    (tmp_path / "memory.max").write_text("3000000000\n")
+    monkeypatch.setattr(probe, "host_memory", partial(host_memory, tmp_path))
+    (here,) = ray.nodes()
+    assert probe.facts_here(here, [], [], None).memory == 3_000_000_000
+
+
+def test_a_node_says_which_folders_are_not_those_of_the_job(local_ray: None, tmp_path: Path) -> None:
+    (here,) = ray.nodes()
+    runs, requests = f"{tmp_path}/runs", f"{tmp_path}/requests"
+    with probe.signs_in([runs, requests, "s3://b"]) as signs:
+        assert probe.facts_here(here, [], [], None, (), signs).unseen == ()
+        Path(signs[runs]).unlink()  # as on a node with a disk of its own there
+        assert probe.facts_here(here, [], [], None, (), signs).unseen == (runs,)
+    assert list(Path(requests).iterdir()) == []
 
 
 def test_links() -> None:
@@ -255,40 +366,29 @@ def test_what_cannot_be_reached_is_said_without_secrets(tmp_path: Any) -> None:
     assert level == "fail"
     assert "a cannot use s3://b" in text
     assert worst(preflight.check_reach([NODE], ["s3://b"])) == "ok"
-    assert worst(preflight.check_local_paths([HEAD, NODE], ["/data", "s3://b"])) == "warn"
-    assert preflight.check_local_paths([HEAD], ["/data"]) == []
 
 
-def node(labels: dict[str, str], **resources: float) -> dict[str, Any]:
-    """As ``ray.nodes()`` says it."""
-    return {"Labels": labels, "Resources": resources}
+def test_a_local_folder_that_is_another_one_on_each_node_fails() -> None:
+    blind = replace(NODE, unseen=("/runs",))
+    level, text = level_and_text(preflight.check_local_paths([HEAD, blind], ["/runs", "/requests", "s3://b"], []))
+    assert level == "fail"
+    assert "/runs is not one folder on 2 nodes: a cannot see a file written there" in text
+    assert "2 nodes see one folder at /requests" in text
+    assert "s3://b" not in text
+    assert worst(preflight.check_local_paths([HEAD, NODE], ["/runs", "s3://b"], ["/runs"])) == "ok"
+    level, text = level_and_text(preflight.check_local_paths([HEAD, NODE], ["/runs"], ["/runs", "/log"]))
+    assert level == "warn"  # each node may have its copy of what is only read
+    assert "local paths on 2 nodes: /log " in text
+    assert preflight.check_local_paths([HEAD], ["/runs"], ["/log"]) == []
 
 
-def test_nodes_without_the_labels_do_not_count() -> None:
-    """Otherwise a job's tasks would wait for ever for a node that is not there."""
-    settings = RaySettings(worker_labels={"role": "trainer"}, data_labels={"role": "data"}, data_cpus=2)
-    trainers, data = node({"role": "trainer"}, CPU=4.0, GPU=4.0), node({"role": "data"}, CPU=2.0)
-    require_places(settings, 4, True, [trainers, data])
-    require_places(settings, 0, False, [data])
-    with pytest.raises(ClusterError, match=r"ray.data_labels \{'role': 'data'\} \(0 of 1\) have room for 0 of 2"):
-        require_places(settings, 4, True, [trainers])
-    with pytest.raises(ClusterError, match=r"ray.worker_labels .* have room for 4 of 5 workers of 1 CPU, 1 GPU"):
-        require_places(settings, 5, True, [trainers, data])
-    disks = RaySettings(data_resources={"disk": 0.5})
-    require_places(disks, 4, True, [node({}, CPU=8.0, disk=1.0)])
-    with pytest.raises(ClusterError, match=r"ray.data_resources \{'disk': 0.5\}"):
-        require_places(disks, 4, True, [node({}, CPU=8.0)])
+def test_an_error_without_words_is_named_by_its_kind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(path: str) -> None:
+        raise PermissionError
 
-
-def test_what_ray_data_starts_goes_where_the_config_says() -> None:
-    """By Ray Data's own context, which every dataset made in the process takes a copy of."""
-    try:
-        place_data(Placing.of(RaySettings(data_labels={"role": "data"}, data_resources={"disk": 1})))
-        assert DataContext.get_current().execution_options.label_selector == {"role": "data"}
-        assert placing() == Placing({"role": "data"}, {"disk": 1})
-    finally:
-        place_data(Placing())
-    assert DataContext.get_current().execution_options.label_selector is None
+    monkeypatch.setattr(probe, "open_filesystem", refuse)
+    assert storage_problem(str(tmp_path), writes=True) == "PermissionError"
+    assert source_problem(str(tmp_path)) == "PermissionError"
 
 
 class Refusing(BaseHTTPRequestHandler):
@@ -318,43 +418,3 @@ def test_a_server_that_listens_and_refuses_is_no_mlflow_server() -> None:
     assert "403" in problem
     assert "Invalid Host header" in problem
     assert "hunter2" not in problem
-
-
-def test_what_a_job_asks_an_autoscaler_for() -> None:
-    settings = RaySettings(
-        worker_labels={"role": "trainer"},
-        worker_resources={"fast": 1},
-        data_labels={"role": "data"},
-        data_resources={"disk": 0.5},
-        data_cpus=1.5,
-    )
-    bundles, labels = bundles_of(settings, 2, True)
-    assert bundles == [{"CPU": 1, "GPU": 1, "fast": 1}] * 2 + [{"CPU": 1, "disk": 0.5}] * 2
-    assert labels == [{"role": "trainer"}] * 2 + [{"role": "data"}] * 2
-
-
-def test_other_nodes_are_asked_for_where_the_first_do_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is asked for, one after the other, of a cluster that has data nodes and no spot trainers; that Ray's
-    autoscaler then brings them is in test_submitted_job."""
-    asked: list[list[dict[str, str]]] = []
-
-    def come(bundles: list[dict[str, float]], labels: list[dict[str, str]], seconds: float) -> bool:
-        asked.append([dict(label) for label in labels])
-        return all(label["role"] == "data" or "market" in label for label in labels)
-
-    monkeypatch.setattr(session, "_come", come)
-    settings = RaySettings(
-        worker_labels={"role": "trainer"},
-        data_labels={"role": "data"},
-        wait_for_nodes_s=60,
-        fall_back_after_s=5,
-        fall_back_labels={"market": "on_demand"},
-    )
-    said: list[str] = []
-    session.wait_for_nodes(settings, 2, True, said.append)
-    trainer, data = {"role": "trainer"}, {"role": "data"}
-    other = trainer | {"market": "on_demand"}
-    both = [trainer, trainer, data]
-    assert asked == [both, both, [trainer, trainer], [data], [other, other, data]]
-    assert "for the trainers" in said[-1]
-    assert "data" not in said[-1].partition("for the trainers")[2]

@@ -12,9 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from mlflow.tracking import MlflowClient
 
+from roo_ray.requests.manifest import load_manifest
+from roo_ray.training.tracking import COMMIT_VARIABLE
 from tests.cluster.heads import ROOT
 from tests.cluster.test_files import CLUSTER, DOCKERFILES, instructions, name_of
+from tests.jobs.small import cli_overrides
 
 IMPORTS = {
     "Dockerfile.cpu": "import boto3, gcsfs, torchrec, fbgemm_gpu, ray.train, ray.data, mlflow\n"
@@ -25,6 +29,10 @@ IMPORTS = {
     "mlflow/Dockerfile": "import boto3, psycopg2, google.cloud.storage; from mlflow.server import app",
 }
 
+PROGRAMS = (
+    *("sh", "bash", "env", "cat", "ls", "cp", "mv", "rm", "ln", "mkdir", "chmod", "id", "uname", "nproc", "date"),
+    *("sleep", "stat", "df", "head", "tail", "cut", "tr", "wc", "sort", "dirname", "basename", "readlink", "true"),
+)
 UNREACHABLE = ("NewConnectionError", "NameResolutionError", "ConnectTimeoutError", "ReadTimeoutError", "ProxyError")
 
 
@@ -67,7 +75,31 @@ def build(path: Path, folder: Path) -> list[str]:
     return [str(venv / "bin" / command[0]), *command[1:]]
 
 
+def bare_path(folder: Path, python: str) -> str:
+    """A PATH as the images have it, as far as jobs care: Python's own programs, a shell and coreutils; no git, no C
+    compiler."""
+    folder.mkdir()
+    for name in PROGRAMS:
+        (folder / name).symlink_to(shutil.which(name) or f"/bin/{name}")
+    path = f"{Path(python).parent}:{folder}"
+    assert not any(shutil.which(name, path=path) for name in ("git", "gcc", "cc", "clang"))
+    return path
+
+
+def tracked_build(python: str, app: Path, home: Path) -> None:
+    """Builds a small data set and says so to MLflow."""
+    env = {"PATH": bare_path(home / "bin", python), "HOME": str(home), COMMIT_VARIABLE: "0123abcd"}
+    job = [python, "jobs/build_requests.py", "--config", "configs/demo.yaml", *cli_overrides(home / "data")]
+    done = subprocess.run(job, cwd=app, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert load_manifest(str(home / "data/requests")).requests == 900
+    client = MlflowClient(f"sqlite:///{home}/data/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("roo_ray").experiment_id])
+    assert (run.info.status, run.data.tags["mlflow.source.git.commit"]) == ("FINISHED", "0123abcd")
+
+
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("path", [p for p in DOCKERFILES if name_of(p) in IMPORTS], ids=name_of)
 def test_install_steps_in_a_clean_environment(path: Path, tmp_path: Path) -> None:
@@ -81,7 +113,8 @@ def test_install_steps_in_a_clean_environment(path: Path, tmp_path: Path) -> Non
         for line in (command, [python, "-c", IMPORTS[name_of(path)]]):
             done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
             assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-        if path.parent == CLUSTER:  # a job of the image, as user and working directory have it
+        if path.parent == CLUSTER:  # jobs of the image, as user and working directory have it
+            tracked_build(python, tmp_path / "app", tmp_path)
             job = [python, "jobs/train.py", "--config", "configs/demo.yaml", "training.epoch=1"]
             done = subprocess.run(
                 job, cwd=tmp_path / "app", env=env, capture_output=True, text=True, timeout=300, check=False

@@ -7,12 +7,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from roo_ray.cluster.memory import Table, worker_memory
 from roo_ray.cluster.price_files import read_costs
 from roo_ray.cluster.sizing import (
     Prices,
@@ -20,10 +23,12 @@ from roo_ray.cluster.sizing import (
     UnitCosts,
     cheapest,
     checkpoints_of,
+    exchanged_bytes,
     fit_costs,
     fit_exchange,
     memory_of,
     predict,
+    sent_bytes,
     shape_of,
 )
 from roo_ray.config import load_config
@@ -39,7 +44,12 @@ SHAPE = Shape(
     requests=400.0,
     megaflops=2000.0,
     lookup_bytes=50_000.0,
-    table_bytes={"items": (8e9, True), "users": (4e9, True), "cities": (1e6, False), "topics": (3e6, False)},
+    tables={
+        "items": Table(8e9, "split"),
+        "users": Table(4e9, "split"),
+        "cities": Table(1e6),
+        "topics": Table(3e6),
+    },
     dense_bytes=4e6,
     epochs=2,
     lanes=24,
@@ -74,6 +84,62 @@ def test_a_step_by_hand() -> None:
     assert predict(SHAPE, 1, fast, PRICES).data_nodes == 2
 
 
+def test_tables_that_a_gpu_has_no_room_for_go_to_the_host() -> None:
+    """12 GB on two workers, of 6 GB each: 4 GB and 2 GB, and little else."""
+    on_gpu = COSTS.model_copy(update={"gpu": True})
+
+    def on(memory: float | None, host: float | None = None) -> tuple[bool, float]:
+        prices = Prices(trainer_hour=2, worker_memory=memory, worker_host_memory=host)
+        predicted = predict(SHAPE, 2, on_gpu, prices)
+        return predicted.fits, predicted.host_memory
+
+    assert on(None) == on(8e9) == (True, 0)
+    assert on(5e9) == (False, 4e9)  # what the host has is not known
+    assert on(5e9, 20e9) == (True, 4e9)
+    assert on(5e9, 4.5e9) == (False, 4e9)  # of which a fifth is not for tables
+    assert on(2e9, 20e9) == (True, 6e9)
+    assert on(1e9, 20e9) == (False, 0)  # the cache of a fifth is too much
+    cpus = Prices(trainer_hour=2, worker_memory=5e9, worker_host_memory=20e9)
+    assert not predict(SHAPE, 2, COSTS, cpus).fits
+
+
+def test_what_every_worker_has_does_not_shrink() -> None:
+    copied = replace(SHAPE, tables={"items": Table(3e9, "copied")})
+    for workers in (1, 2, 8):
+        assert memory_of(copied, workers, COSTS).device >= 4e9  # with the gradient
+    assert sent_bytes(copied, 2) - sent_bytes(replace(copied, tables={}), 2) == pytest.approx(1e9)
+    assert memory_of(copied, 2, COSTS).in_host(3e9) is None
+
+
+@given(
+    st.lists(st.tuples(st.floats(1, 1e9), st.sampled_from(["split", "whole"]), st.booleans()), max_size=8),
+    st.integers(1, 8),
+    st.floats(0, 2e9),
+)
+def test_the_fullest_worker(tables: list[tuple[float, Any, bool]], workers: int, room: float) -> None:
+    """It has at least its share; what goes to its host is room enough, and never more than there is."""
+    more = 1 + 1e-6  # of rounding
+    memory = worker_memory([Table(*table) for table in tables], workers, 5.0)
+    total = sum(size for size, *_ in tables)
+    held = sum(memory.tables) + memory.hosted
+    assert total / workers <= held * more
+    assert held <= total * more
+    in_host = memory.in_host(room)
+    if in_host is None:
+        assert 5.0 + 0.2 * held > room * (2 - more) - 1e-6
+    else:
+        assert memory.hosted <= in_host <= held * more
+        assert 5.0 + 0.2 * in_host + (held - in_host) <= room * more + 1e-6
+
+
+@pytest.mark.parametrize(("workers", "nodes"), [(1, 1), (4, 1), (5, 2), (8, 2), (9, 3)])
+def test_nodes_of_trainers_are_paid_whole(workers: int, nodes: int) -> None:
+    prices = Prices(trainer_hour=2.0, trainers_per_node=4, data_cpu_hour=0)
+    predicted = predict(SHAPE, workers, COSTS, prices)
+    assert predicted.trainer_nodes == nodes
+    assert predicted.cost == pytest.approx(predicted.seconds / 3600 * nodes * 4 * 2.0)
+
+
 @pytest.mark.parametrize(
     ("steps", "minutes", "write_s", "number"),
     [(None, None, 1.0, 2), (500, None, 1.0, 6), (None, 1.0, 1.0, 9), (500, 1.0, 1.0, 9), (1, None, 60.0, 9)],
@@ -99,7 +165,7 @@ def test_the_cost_of_an_exchange_is_found_again(latency: float, bandwidth: float
 @given(st.lists(st.sampled_from([1, 2, 3, 4, 6, 8, 12, 24]), min_size=2, max_size=2, unique=True))
 def test_more_workers_hold_less_and_a_shared_core_is_no_gain(workers: list[int]) -> None:
     few, many = sorted(workers)
-    assert memory_of(SHAPE, many, COSTS) < memory_of(SHAPE, few, COSTS)
+    assert memory_of(SHAPE, many, COSTS).device < memory_of(SHAPE, few, COSTS).device
     shared = COSTS.model_copy(update={"cores": 1})
     assert predict(SHAPE, many, shared, PRICES).step_s >= predict(SHAPE, few, shared, PRICES).step_s
     assert predict(SHAPE, many, COSTS, PRICES).step_s < predict(SHAPE, few, COSTS, PRICES).step_s
@@ -167,7 +233,8 @@ def test_the_shape_of_a_run_on_real_shards(tmp_path: Path) -> None:
     schema = shard_maker.schema()
     (tmp_path / "schema.yaml").write_text(schema.to_yaml())
     counts = [1 + i % 9 for i in range(400)]
-    write_data_set(tmp_path / "requests", random_rows(counts, 3, days=4), schema, row_group=20, file_rows=100)
+    rows = random_rows(counts, 3, days=4)
+    write_data_set(tmp_path / "requests", rows, schema, row_group=20, file_rows=100)
     manifest = load_manifest(str(tmp_path / "requests"))
     content = {"name": "sized", "schema": "schema.yaml", "requests": f"{tmp_path}/requests"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content | {"ingest": {"batch_impressions": 40, "lanes": 4}}))
@@ -178,14 +245,40 @@ def test_the_shape_of_a_run_on_real_shards(tmp_path: Path) -> None:
     assert impressions / (40 * config.ingest.lanes) <= shape.steps <= 1.5 * impressions / (40 * config.ingest.lanes)
     assert shape.requests * shape.steps == pytest.approx(trained)
     assert shape.full_requests >= shape.requests
+    # ids of a mean request, by features' own lengths: the tables of items and topics have 8 floats a row, the others 4
+    shown = manifest.impressions / manifest.requests
+    events = min(fmean(len(row["history_item"] or []) for row in rows), 4)
+    interests = min(fmean(len(row["interest_words"] or []) for row in rows), 3)
+    device = fmean(row["device_id"] is not None for row in rows)
+    tags = min(fmean(sum(len(bag or []) for bag in row["tag_ids"]) for row in rows), 2 * shown)
+    wide, narrow = 2 * events + 2 * shown + tags, 1 + interests + device
+    assert shape.lookup_bytes == pytest.approx(4 * (8 * wide + 4 * narrow))
     towers = make_towers(schema, config.model)
     assert shape.dense_bytes == 4 * sum(p.numel() for p in towers.parameters())
-    for name, (size_of_table, _) in shape.table_bytes.items():
+    for name, held in shape.tables.items():
         table = schema.tables[name]
-        assert size_of_table == table.rows * table.dim * 4 + table.rows * 4  # row-wise Adagrad: a float a row
+        assert held.size == table.rows * table.dim * 4 + table.rows * 4  # row-wise Adagrad: a float a row
     with_adagrad = load_config(tmp_path / "config.yaml", ["model.embeddings.optimizer=adagrad"])
-    for name, (size_of_table, _) in shape_of(with_adagrad, manifest).table_bytes.items():
-        assert size_of_table > shape.table_bytes[name][0]
+    for name, held in shape_of(with_adagrad, manifest).tables.items():
+        assert held.size > shape.tables[name].size
+    first, *others = shape.tables
+    placed = ["training.gpu=true", f"model.embeddings.sharding={{{first}: data_parallel}}"]
+    placed += [f"model.embeddings.uvm=[{others[0]}]"]
+    on_gpus = shape_of(load_config(tmp_path / "config.yaml", placed), manifest).tables
+    assert on_gpus[first] == Table(3 * schema.tables[first].rows * schema.tables[first].dim * 4, "copied")
+    assert [name for name, held in on_gpus.items() if held.hosted] == [others[0]]
+    embedding = 4 * schema.tables["word"].dim
+    bags = "model.embeddings.pooled=[word]"  # one vector per bag, instead of one per id
+    rest = shape.lookup_bytes - embedding * interests
+    pooled = shape_of(load_config(tmp_path / "config.yaml", [bags]), manifest)
+    assert pooled.lookup_bytes == pytest.approx(rest + embedding)
+    rows = shape_of(load_config(tmp_path / "config.yaml", [bags, "training.row_wise_from=30"]), manifest)
+    assert rows.lookup_bytes == pytest.approx(rest)
+    assert rows.reduced_bytes == embedding
+    for workers in (2, 8):  # every worker sends its part of each bag
+        apart = exchanged_bytes(rows, workers) - exchanged_bytes(replace(rows, reduced_bytes=0.0), workers)
+        lanes = -(-rows.lanes // workers) / rows.lanes
+        assert apart == pytest.approx(2 * embedding * rows.requests * lanes * (workers - 1))
     done = size(tmp_path, "--workers", "1,2,4,99", "--deadline", "10h", config="config.yaml")
     assert done.returncode == EXIT_OK, done.stderr
     assert "12% off in the mean and 31% at most" in " ".join(done.stdout.split())

@@ -18,7 +18,7 @@ import yaml
 from mlflow.tracking import MlflowClient
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from roo_ray.errors import EXIT_BAD_INPUT
+from roo_ray.errors import EXIT_BAD_INPUT, EXIT_FAILURE
 from roo_ray.grace import GRACE_VARIABLE
 from roo_ray.requests.manifest import load_manifest, manifest_versions
 from roo_ray.training.checkpoint import read_state
@@ -60,14 +60,6 @@ PLACING += ["ray.fall_back_labels={market: on_demand}", "ray.fall_back_after_s=1
 def head() -> Iterator[Head]:
     with ray_head(0, {GRACE_VARIABLE: "180"}, NODE_TYPES) as head:
         yield head
-
-
-@pytest.fixture(scope="module")
-def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("mlflow"))
-    server.start()
-    yield server
-    server.stop()
 
 
 def until(what: str, question: Callable[[], Any], seconds: float = 150) -> Any:
@@ -192,4 +184,22 @@ def test_a_submitted_run_scales_up_stops_with_a_checkpoint_and_goes_on(
     assert client.get_job_status("predicts") == JobStatus.SUCCEEDED, client.get_job_logs("predicts")[-3000:]
     assert pq.read_table(output).num_rows == load_manifest(str(tmp_path / "requests")).impressions
 
+    submit_too("builds", "jobs/build_requests.py", "--config", uri, *where, f"requests={tmp_path}/again")
+    until("the build ends", lambda: client.get_job_status("builds") in done, 300)
+    assert client.get_job_status("builds") == JobStatus.SUCCEEDED, client.get_job_logs("builds")[-3000:]
+    assert load_manifest(str(tmp_path / "again")).requests == 900
+
     until("idle nodes go", lambda: nodes_for("trainer", client) + nodes_for("data", client) == 0, 90)
+
+    # what is not there is not ready, unless it is brought
+    submit_too("asks", "jobs/preflight.py", "--config", uri, *where)
+    until("preflight ends", lambda: client.get_job_status("asks") in done, 100)
+    log = client.get_job_logs("asks")
+    assert client.get_job_info("asks").driver_exit_code == EXIT_FAILURE, log[-3000:]
+    assert "not ready: network, places, plan, resources could not be checked" in log
+    submit_too("brings", "jobs/preflight.py", "--bring", "--config", uri, *where)
+    until("preflight with nodes ends", lambda: client.get_job_status("brings") in done, 300)
+    log = client.get_job_logs("brings")
+    assert client.get_job_status("brings") == JobStatus.SUCCEEDED, log[-3000:]
+    assert "ready: " in log
+    assert "gloo over 2 workers on 2 nodes" in log

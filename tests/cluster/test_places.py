@@ -1,0 +1,85 @@
+"""Where a job's trainers and data tasks go, and what it asks of an autoscaler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from ray.data import DataContext
+
+from roo_ray import session
+from roo_ray.config import RaySettings
+from roo_ray.errors import ClusterError
+from roo_ray.session import Placing, bundles_of, place_data, placing, require_places
+
+
+def node(labels: dict[str, str], **resources: float) -> dict[str, Any]:
+    """As ``ray.nodes()`` says it."""
+    return {"Labels": labels, "Resources": resources}
+
+
+def test_nodes_without_the_labels_do_not_count() -> None:
+    """Otherwise a job's tasks would wait for ever for a node that is not there."""
+    settings = RaySettings(worker_labels={"role": "trainer"}, data_labels={"role": "data"}, data_cpus=2)
+    trainers, data = node({"role": "trainer"}, CPU=4.0, GPU=4.0), node({"role": "data"}, CPU=2.0)
+    require_places(settings, 4, True, [trainers, data])
+    require_places(settings, 0, False, [data])
+    with pytest.raises(ClusterError, match=r"ray.data_labels \{'role': 'data'\} \(0 of 1\) have room for 0 of 2"):
+        require_places(settings, 4, True, [trainers])
+    with pytest.raises(ClusterError, match=r"ray.worker_labels .* have room for 4 of 5 workers of 1 CPU, 1 GPU"):
+        require_places(settings, 5, True, [trainers, data])
+    disks = RaySettings(data_resources={"disk": 0.5})
+    require_places(disks, 4, True, [node({}, CPU=8.0, disk=1.0)])
+    with pytest.raises(ClusterError, match=r"ray.data_resources \{'disk': 0.5\}"):
+        require_places(disks, 4, True, [node({}, CPU=8.0)])
+
+
+def test_what_ray_data_starts_goes_where_the_config_says() -> None:
+    """By Ray Data's own context, which every dataset made in the process takes a copy of."""
+    try:
+        place_data(Placing.of(RaySettings(data_labels={"role": "data"}, data_resources={"disk": 1})))
+        assert DataContext.get_current().execution_options.label_selector == {"role": "data"}
+        assert placing() == Placing({"role": "data"}, {"disk": 1})
+    finally:
+        place_data(Placing())
+    assert DataContext.get_current().execution_options.label_selector is None
+
+
+def test_what_a_job_asks_an_autoscaler_for() -> None:
+    settings = RaySettings(
+        worker_labels={"role": "trainer"},
+        worker_resources={"fast": 1},
+        data_labels={"role": "data"},
+        data_resources={"disk": 0.5},
+        data_cpus=1.5,
+    )
+    bundles, labels = bundles_of(settings, 2, True)
+    assert bundles == [{"CPU": 1, "GPU": 1, "fast": 1}] * 2 + [{"CPU": 1, "disk": 0.5}] * 2
+    assert labels == [{"role": "trainer"}] * 2 + [{"role": "data"}] * 2
+
+
+def test_other_nodes_are_asked_for_where_the_first_do_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked for, one after the other, of a cluster that has data nodes and no spot trainers; that Ray's
+    autoscaler then brings them is in test_submitted_job."""
+    asked: list[list[dict[str, str]]] = []
+
+    def come(bundles: list[dict[str, float]], labels: list[dict[str, str]], seconds: float) -> bool:
+        asked.append([dict(label) for label in labels])
+        return all(label["role"] == "data" or "market" in label for label in labels)
+
+    monkeypatch.setattr(session, "_come", come)
+    settings = RaySettings(
+        worker_labels={"role": "trainer"},
+        data_labels={"role": "data"},
+        wait_for_nodes_s=60,
+        fall_back_after_s=5,
+        fall_back_labels={"market": "on_demand"},
+    )
+    said: list[str] = []
+    session.wait_for_nodes(settings, 2, True, said.append)
+    trainer, data = {"role": "trainer"}, {"role": "data"}
+    other = trainer | {"market": "on_demand"}
+    both = [trainer, trainer, data]
+    assert asked == [both, both, [trainer, trainer], [data], [other, other, data]]
+    assert "for the trainers" in said[-1]
+    assert "data" not in said[-1].partition("for the trainers")[2]
