@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 
 KERNELS := $(VENV)/.kernels
 
-.PHONY: setup demo test test-slow test-kernels check mlflow clean
+.PHONY: setup demo test test-slow test-long test-kernels check mlflow clean
 
 setup: $(STAMP)
 
@@ -22,7 +22,11 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not long"
+
+# What mostly waits, for nodes, time limits and downloads: half an hour, before a release.
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -m long
 
 # The Triton kernels against their reference; without a GPU by Triton's interpreter (a download of 200 to 300 MB).
 test-kernels: $(KERNELS)

@@ -2,13 +2,16 @@
 python jobs/evaluate.py --config configs/X.yaml --checkpoint RUN_OR_PATH [key=value ...]
 
 The checkpoint is a run's name or a checkpoint's path or URI; model and schema are read from it. With --against, a
-second checkpoint is scored on the same requests, and the differences come with paired bootstrap intervals.
+second checkpoint is scored on the same requests, and the differences come with paired bootstrap intervals. With
+--items, a retrieval checkpoint's recall is measured among the items of a file that jobs/export_items.py wrote from it;
+without, among those that the held-out requests have shown.
 """
 
 from __future__ import annotations
 
 import time
 
+from roo_ray.source_config import resolve_path
 from roo_ray.terminal import job_parser, print_table, read_config, run_job
 
 
@@ -18,7 +21,10 @@ def main() -> None:
     parser.add_argument("--against", metavar="RUN_OR_PATH", help="a second model to compare with")
     parser.add_argument("--unit", choices=["request", "user"], default="request", help="what is resampled")
     parser.add_argument("--replicates", type=int, default=1000, help="resamples (default 1000)")
+    parser.add_argument("--items", metavar="FILE", help="the checkpoint's exported items, to look among")
     options = parser.parse_args()
+    if options.items and options.against:
+        parser.error("--items is of one checkpoint, and --against compares two; give one of them")
     config = read_config(options)
 
     from roo_ray import session
@@ -45,7 +51,8 @@ def main() -> None:
         )
         return
     with session.connect(config.ray, config.training, say):
-        result = evaluate(config, checkpoint, run_name, say)
+        items = resolve_path(options.items) if options.items else None
+        result = evaluate(config, checkpoint, run_name, say, items=items)
     print_table(
         f"Evaluated {checkpoint}",
         ["", "held-out"],

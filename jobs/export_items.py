@@ -1,4 +1,4 @@
-"""The item vectors of a retrieval run, of all items of the data set, as Parquet (item, vector):
+"""The item vectors of a retrieval run, of all items of the data set, as Parquet (item, row, vector):
 python jobs/export_items.py --config configs/X.yaml --checkpoint RUN_OR_PATH --out FILE [key=value ...]
 
 The checkpoint is a run's name or a checkpoint's path or URI; model and schema are read from it. Needs no Ray.
@@ -30,6 +30,7 @@ def main() -> None:
             ["checkpoint", checkpoint],
             ["item vectors", done.path],
             ["items", f"{done.items:,}"],
+            ["that share a row of a hashed table", f"{done.sharing:,}"],
             ["floats each", f"{done.dim:,}"],
             ["requests read", f"{done.requests:,}"],
             ["impressions read", f"{done.impressions:,}"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from roo_ray.errors import ConfigError
 from roo_ray.terminal import human_bytes, job_parser, print_table, read_config, run_job
@@ -14,7 +13,7 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--users", metavar="FILE|IDS", help="ids with commas, a text file (one per line) or Parquet")
     what.add_argument("--resume-purge", action="store_true", help="only finish a purge that was interrupted")
-    parser.add_argument("--report", metavar="FILE", help="write the report as JSON")
+    parser.add_argument("--report", metavar="FILE", help="write the report as JSON, to a path or URI")
     options = parser.parse_args()
     if options.report and options.resume_purge:
         raise ConfigError("--report is for --users; --resume-purge only says how many files it deleted")
@@ -24,6 +23,7 @@ def main() -> None:
     from roo_ray.redact import redact_text
     from roo_ray.requests.forget import forget_users, resume_purge
     from roo_ray.requests.manifest import load_manifest
+    from roo_ray.storage import write_whole
     from roo_ray.training.progress import make_say
 
     load_manifest(config.requests)  # says what is wrong before Ray starts
@@ -34,7 +34,7 @@ def main() -> None:
     with session.connect(config.ray):
         report = forget_users(config.requests, options.users, config.build, make_say())
     if options.report:
-        Path(options.report).write_text(json.dumps(report.as_json(), indent=1))
+        write_whole(options.report, json.dumps(report.as_json(), indent=1).encode())
     more = report.users_given - report.users_found - len(report.not_found)
     missing = ", ".join(report.not_found) + (f" and {more:,} more" if more else "")
     print_table(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from roo_ray.config import Model, load_config
 from roo_ray.errors import ConfigError
@@ -32,8 +31,8 @@ def parser() -> argparse.ArgumentParser:
         "--sample-requests", type=int, default=20_000, metavar="N", help="requests (default: %(default)s)"
     )
     made.add_argument("--name", default="suggested", help="the schema's name (default: %(default)s)")
-    made.add_argument("--out", metavar="FILE", help="write the suggested schema to a file")
-    made.add_argument("--json", metavar="FILE", help="write the whole profile to a file")
+    made.add_argument("--out", metavar="FILE", help="write the suggested schema to a path or URI")
+    made.add_argument("--json", metavar="FILE", help="write the whole profile to a path or URI")
     return made
 
 
@@ -43,8 +42,10 @@ def main() -> None:
         raise ConfigError(f"--sample-requests {options.sample_requests}: at least 1")
     model = load_config(options.model).model if options.model else Model()
 
+    from roo_ray.redact import redact_text
     from roo_ray.requests import profile, profile_savings
     from roo_ray.requests.profile_schema import Roles, suggest_schema
+    from roo_ray.storage import write_whole
 
     named = [column for column in (options.user, options.time, *options.label) if column]
     table = profile.open_table(options.table, options.request_key, named)
@@ -92,11 +93,11 @@ def main() -> None:
         + "".join(f", {mean:.0f} events in {name}" for name, mean in savings.mean_history.items()),
     )
     if options.out:
-        Path(options.out).write_text(schema.to_yaml())
-        print(f"\nschema written to {options.out}")
+        write_whole(options.out, schema.to_yaml().encode())
+        print(redact_text(f"\nschema written to {options.out}"))
     if options.json:
         content = profile_savings.profile_json(sample, use, schema, savings)
-        Path(options.json).write_text(json.dumps(content, indent=1, default=str))
+        write_whole(options.json, json.dumps(content, indent=1, default=str).encode())
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def main() -> None:
     from mlflow.exceptions import MlflowException
 
     from roo_ray.errors import ConfigError
-    from roo_ray.training.spool import replay
+    from roo_ray.training.replay import replay
 
     for path in options.files:
         if not path.is_file():

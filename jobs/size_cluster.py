@@ -14,7 +14,7 @@ from roo_ray.errors import ConfigError
 from roo_ray.terminal import human_bytes, job_parser, print_table, read_config, run_job
 
 if TYPE_CHECKING:
-    from roo_ray.cluster.sizing import UnitCosts
+    from roo_ray.cluster.sizing import Prediction, UnitCosts
 
 
 def how_good(costs: UnitCosts) -> str:
@@ -28,6 +28,16 @@ def how_good(costs: UnitCosts) -> str:
         )
     counted = "" if costs.activation_bytes_per_megaflop else "; memory without activations, which were not measured"
     return f"{error}{counted}"
+
+
+def remark(prediction: Prediction, best: bool) -> str:
+    """Of a row of the table."""
+    if not prediction.fits and prediction.host_memory:
+        return f"{human_bytes(prediction.host_memory)} of tables for the host: too much, or worker_host_memory unknown"
+    if not prediction.fits:
+        return "too little memory"
+    slower = f"{human_bytes(prediction.host_memory)} of tables in host memory: slower than this"
+    return ", ".join(["cheapest"] * best + [slower] * bool(prediction.host_memory))
 
 
 def main() -> None:
@@ -62,12 +72,13 @@ def main() -> None:
     print_table(
         f"'{config.name}': {shape.epochs} epochs of {shape.steps:,} steps, {shape.requests:,.0f} requests each",
         [
-            *("workers", "step", "memory each", "data CPUs", "data nodes", "per trainer", "all-to-all each"),
+            *("workers", "nodes", "step", "memory each", "data CPUs", "data nodes", "per trainer", "all-to-all each"),
             *("checkpoints", "time", "cost", ""),
         ],
         [
             [
                 str(p.workers),
+                str(p.trainer_nodes),
                 f"{p.step_s * 1e3:.1f} ms",
                 human_bytes(p.memory),
                 str(p.data_cpus),
@@ -77,7 +88,7 @@ def main() -> None:
                 f"{p.checkpoints} x {human_bytes(p.checkpoint_bytes)}",
                 f"{p.seconds / 3600:.2f} h",
                 f"{p.cost:.2f}",
-                "cheapest" if p is best else "" if p.fits else "too little memory",
+                remark(p, p is best),
             ]
             for p in predictions
         ],

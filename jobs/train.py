@@ -20,6 +20,7 @@ def main() -> None:
     from roo_ray.requests.manifest import manifest_versions
     from roo_ray.training.incremental import run_days
     from roo_ray.training.launch import train
+    from roo_ray.training.layout import refuse_unordered
     from roo_ray.training.prepare import prepare
     from roo_ray.training.progress import make_say
     from roo_ray.training.summary import not_finite_rows, number, quality_rows
@@ -29,22 +30,25 @@ def main() -> None:
     run_name = config.run_name or f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     build = config.source is not None and not manifest_versions(config.requests)
     later = build and config.ray.wait_for_nodes_s  # no trainers' nodes idle while the data is built
+    series = config.run_name or config.name
+    refuse_unordered(config, series)
     with session.connect(config.ray, config.training, say, "data" if later else "all"):
         if build:
             say(f"no request data set at {config.requests} yet: building it")
             prepare(config, run_name, say, job="train")
+            refuse_unordered(config, series)
             session.make_ready(config.ray, config.training, say)
         elif config.source is not None:
             say(f"the request data set at {config.requests} is there; jobs/build_requests.py builds it anew")
         if config.incremental is not None:
-            done, published, parent = run_days(config, config.run_name or config.name, say)
+            done, published, parent = run_days(config, series, say)
         else:
             result = train(config, run_name, say)
     if config.incremental is not None:
         task = config.request_schema.labels[0].name
         kinds = ("ne_before", "ne_published", "ne_new")
         print_table(
-            f"Published '{config.run_name or config.name}'",
+            f"Published '{series}'",
             ["day", "NE before, whole day", "NE published, held out", "NE new, held out"],
             [[one.day, *(number(one.metrics.get(f"{task}/{kind}")) for kind in kinds)] for one in done],
             f"published: {published.last.checkpoint if published else 'nothing'}\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["ROO_RAY_HOME"] = tempfile.mkdtemp(prefix="roo_ray_tests_")
@@ -38,3 +38,22 @@ def ebnerd_folder() -> Path:
     if not (EBNERD / "behaviors.parquet").is_file():
         pytest.skip(f"real data not found at {EBNERD}; the same path is tested on generated data")
     return EBNERD
+
+
+@pytest.fixture
+def bucket() -> Iterator[Callable[[str], str]]:
+    """Path -> its URI in a bucket on an S3 server on loopback."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    client = boto3.client(
+        "s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1",
+        aws_access_key_id="key", aws_secret_access_key="hunter2",
+    )  # fmt: skip
+    client.create_bucket(Bucket="bucket")
+    query = f"endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+    yield lambda path: f"s3://key:hunter2@bucket/{path}?{query}"
+    server.stop()

@@ -28,17 +28,19 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from roo_ray.training.saver import step_of
 
-What = Literal["kill", "notice", "stop"]
+What = Literal["kill", "write", "notice", "stop"]
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """SIGKILL of a worker, SIGTERM to a worker (``notice``) or to the driver, this process (``stop``). ``known``: the
-    step of the last checkpoint that Ray Train knew of when it struck."""
+    """SIGKILL of a worker (``kill``), or of one while a checkpoint is half written (``write``), SIGTERM to a worker
+    (``notice``) or to the driver, this process (``stop``). ``known``: the step of the last checkpoint that Ray Train
+    knew of when it struck; ``half``: the folder that was half written then."""
 
     what: What
     known: int
+    half: str = ""
 
 
 def trainers() -> list[int]:
@@ -60,6 +62,14 @@ def last_checkpoint(run: Path) -> int:
         return -1
     step = step_of(last["checkpoint_dir_name"]) if last else None
     return -1 if step is None else step
+
+
+def half_written(run: Path) -> Path | None:
+    """A checkpoint of which some shard is there and the last file is not."""
+    for folder in run.glob("epoch-*"):
+        if any(folder.glob("*.distcp")) and not (folder / "state.json").exists():
+            return folder
+    return None
 
 
 class Faults:
@@ -106,7 +116,10 @@ class Faults:
             return  # the workers have not begun again since the last one
         after, what = self.plan[0]
         began = self.resumed[-1][0] if self.resumed else -1
-        if last_checkpoint(self.run) < (max(after, began + 1) if what == "kill" else after):
+        if last_checkpoint(self.run) < (max(after, began + 1) if what in ("kill", "write") else after):
+            return
+        if what == "write":
+            self._strike_within_a_write(after)
             return
         time.sleep(self.draw.random() * self.delay)
         del self.plan[0]
@@ -114,6 +127,23 @@ class Faults:
         known = max(last_checkpoint(self.run), after)
         self.done.append(Fault(what, known))
         os.kill(process, signal.SIGKILL if what == "kill" else signal.SIGTERM)
+
+    def _strike_within_a_write(self, after: int) -> None:
+        while (half := half_written(self.run)) is None and not self._over.wait(0.001):
+            pass
+        if half is None:
+            return
+        workers = trainers()
+        for process in workers:  # nothing is written any more
+            os.kill(process, signal.SIGSTOP)
+        victim = self.draw.choice(workers) if half_written(self.run) == half else None  # else the last file was faster
+        if victim is not None:
+            del self.plan[0]
+            self.done.append(Fault("write", max(last_checkpoint(self.run), after), half.name))
+            os.kill(victim, signal.SIGKILL)
+        for process in workers:
+            if process != victim:
+                os.kill(process, signal.SIGCONT)
 
 
 def tensors(checkpoint: str, folder: Path) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from roo_ray.config import Config, load_config
+from roo_ray.training.checkpoint import STATE_FILE
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,3 +34,9 @@ def cli_overrides(folder: Path, *overrides: str) -> list[str]:
     """The same as command line arguments of a job."""
     paths = [f"source.path={folder}/log", f"requests={folder}/requests", f"storage={folder}/runs"]
     return [*paths, f"tracking.uri=sqlite:///{folder}/mlflow.db", *OVERRIDES, *overrides]
+
+
+def has_checkpoint(folder: Path, run_name: str, step: int) -> bool:
+    """Whether a run has a complete checkpoint of this step or a later one."""
+    found = (folder / "runs" / run_name).glob(f"epoch-*/{STATE_FILE}")
+    return any(int(path.parent.name.rpartition("-")[2]) >= step for path in found)

@@ -32,6 +32,13 @@ def test_bad_config_is_one_message_and_exit_code_2() -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_items_of_one_checkpoint_are_not_for_two() -> None:
+    both = ["--checkpoint", "a", "--against", "b", "--items", "items.parquet"]
+    done = run_job("jobs/evaluate.py", "--config", "configs/demo.yaml", *both)
+    assert done.returncode == EXIT_BAD_INPUT
+    assert "--items is of one checkpoint" in done.stderr
+
+
 def test_too_few_cpus_are_refused_before_anything_runs(tmp_path: Path) -> None:
     done = run_job("jobs/train.py", "--config", "configs/demo.yaml", *cli_overrides(tmp_path, "ray.local_cpus=2"))
     assert done.returncode == EXIT_BAD_INPUT

@@ -16,7 +16,8 @@ from tests.jobs.small import small_config
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_both_arms_end_in_one_comparison(local_ray: None, tmp_path: Path) -> None:
-    options = ("training.workers=1", "ingest.reader=thread", "ingest.batch_impressions=32", "training.log_every=4")
+    options = ["training.workers=1", "ingest.reader=thread", "ingest.batch_impressions=32", "training.log_every=4"]
+    options += ["training.epochs=1"]  # in a second one of so few requests, rounding grows without bound
     config = small_config(tmp_path, *options)
     manifest, _ = prepare(config, "build", lambda line: None)
     lines: list[str] = []
@@ -35,7 +36,7 @@ def test_both_arms_end_in_one_comparison(local_ray: None, tmp_path: Path) -> Non
     # the same requests and seeds: the same model, each request trained on once in each epoch
     for name in ("ne", "auc", "gauc"):
         pair = [metrics[f"same_data/{form}_click_{name}"] for form in FORMS]
-        assert pair[0] == pytest.approx(pair[1], abs=2e-3)
+        assert pair[0] == pytest.approx(pair[1], abs=5e-4)
     held_out = sum(file.impressions for file in manifest.files if file.day == manifest.days[-1])
     for form in FORMS:
         assert metrics[f"same_data/{form}_samples_seen"] == config.training.epochs * (manifest.impressions - held_out)

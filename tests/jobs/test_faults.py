@@ -30,7 +30,7 @@ SETTINGS = (
     "source.requests=4000",
     "source.requests_per_task=1000",
 )
-FAULTS: tuple[What, ...] = ("kill", "notice", "kill", "stop", "kill")
+FAULTS: tuple[What, ...] = ("kill", "notice", "write", "stop", "kill")
 
 
 @pytest.mark.slow
@@ -73,7 +73,8 @@ def test_workers_killed_at_random_steps_and_a_stopped_driver_change_nothing(loca
     evicted = next(line for line in faults.lines if "got SIGTERM" in line)
     at = {"stop": re.findall(r"at step (\d+)", str(stopped.value)), "notice": re.findall(r"at step (\d+)", evicted)}
     for fault, (step, _) in zip(faults.done, faults.resumed, strict=True):
-        if fault.what == "kill":
+        if fault.what in ("kill", "write"):
+            assert step_of(fault.half) != step  # what was half written is no checkpoint
             assert fault.known <= step  # any step: a checkpoint that is due while one is being written waits
         else:
             assert [str(step)] == at[fault.what]
@@ -96,6 +97,8 @@ def test_workers_killed_at_random_steps_and_a_stopped_driver_change_nothing(loca
     assert expected.keys() == actual.keys()
     different = [name for name, value in expected.items() if not torch.equal(value, actual[name])]
     assert different == []
+
+    assert [bool(fault.half) for fault in faults.done] == [what == "write" for what in FAULTS]
 
     # kept by count; nothing half-written is left
     assert len(list(folder.glob("epoch-*"))) == config.training.keep_checkpoints

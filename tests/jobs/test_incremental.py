@@ -73,6 +73,7 @@ def test_days_are_trained_in_turn_and_a_regression_stops_publishing(local_ray: N
         "build.buckets=1",
         "build.file_bytes=1",
         "ingest.reader=thread",
+        "ingest.batch_impressions=16",  # enough steps in a day for a stop to come amid them
         "training.epochs=1",
         "training.log_every=1",
         "source.days=3",
@@ -128,7 +129,7 @@ def test_days_are_trained_in_turn_and_a_regression_stops_publishing(local_ray: N
     assert {version.run_id for version in versions} == {one.run_id for one in published.history}
     assert len(versions) == 2
 
-    worse = config.training.model_copy(update={"embedding_lr": 1.0, "dense_lr": 0.1})
+    worse = config.training.model_copy(update={"embedding_lr": 1.0, "dense_lr": 0.3})
     strict = config.model_copy(update={"incremental": Incremental(max_ne_rise=0), "training": worse})
     for _ in range(2):  # the second time the day is trained already
         with pytest.raises(PublishRefused, match=f"model of {second} stays published"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from mlflow.tracking import MlflowClient
 
 from roo_ray.config import Config, load_config
 from roo_ray.errors import ConfigError, DataError, Stopped
+from roo_ray.requests.lengths import mean_ids
 from roo_ray.requests.manifest import Manifest, load_manifest
 from roo_ray.training.checkpoint import read_state
+from roo_ray.training.export_items import export_items
 from roo_ray.training.folder import find_checkpoint
 from roo_ray.training.launch import TrainingResult, evaluate, train
 from roo_ray.training.prepare import prepare
@@ -46,7 +49,9 @@ def curve(config: Config, result: TrainingResult, metric: str = "train/loss") ->
     return {point.step: point.value for point in points}
 
 
-def test_training_logs_what_a_reviewer_needs(two_workers: tuple[Config, TrainingResult], built: Manifest) -> None:
+def test_training_logs_what_a_reviewer_needs(
+    two_workers: tuple[Config, TrainingResult], built: Manifest, tmp_path: Path
+) -> None:
     config, result = two_workers
     client = MlflowClient(config.tracking.uri)
     run = client.get_run(result.run.run_id)
@@ -67,6 +72,11 @@ def test_training_logs_what_a_reviewer_needs(two_workers: tuple[Config, Training
     assert metrics["eval/click/bayes_ne"] < metrics["eval/click/ne"]
     artifacts = {item.path for item in client.list_artifacts(result.run.run_id)}
     assert {"schema.yaml", "ledger.json", "sharding_plan.json", "checkpoint"} <= artifacts
+    plan = json.loads(
+        Path(client.download_artifacts(result.run.run_id, "sharding_plan.json", str(tmp_path))).read_text()
+    )
+    planned = {name: ids for row in plan for name, ids in row["ids_per_request"].items()}
+    assert planned == mean_ids(config.request_schema, built, config.requests).per_request
     stored = {Path(item.path).name for item in client.list_artifacts(result.run.run_id, "checkpoint")}
     assert {".metadata", "state.json"} <= stored
 
@@ -94,6 +104,7 @@ def test_the_impression_level_form_has_the_same_curve(two_workers: tuple[Config,
         assert result.metrics[f"eval/click/{name}"] == pytest.approx(reference.metrics[f"eval/click/{name}"], abs=2e-3)
 
 
+@pytest.mark.slow
 def test_from_two_workers_to_one_to_three_through_checkpoints(
     two_workers: tuple[Config, TrainingResult], folder: Path, tmp_path: Path
 ) -> None:
@@ -154,6 +165,7 @@ def test_another_order_is_refused_with_the_difference(two_workers: tuple[Config,
     assert MlflowClient(config.tracking.uri).get_run(result.run.run_id).info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_retrieval_trains_and_its_checkpoint_has_the_same_recall(built: Manifest, folder: Path) -> None:
     """What ``drop_last`` drops is counted, too."""
     options = ("model.kind=retrieval", "training.epochs=1", "training.autocast=bf16", "training.deterministic=true")
@@ -165,8 +177,16 @@ def test_retrieval_trains_and_its_checkpoint_has_the_same_recall(built: Manifest
     dropped = curve(config, result, "epoch/dropped_requests")
     assert len(dropped) == 1
     assert result.metrics["epoch/requests"] + sum(dropped.values()) + result.metrics["eval/requests"] == built.requests
-    again = evaluate(config, find_checkpoint(config, "retrieval"), "retrieval", quiet)
+    with pytest.raises(ConfigError, match="'retrieval' is a training"):
+        evaluate(config, find_checkpoint(config, "retrieval"), "retrieval", quiet)
+    again = evaluate(config, find_checkpoint(config, "retrieval"), "retrieval-again", quiet)
     assert again.metrics["eval/recall_at_10"] == pytest.approx(result.metrics["eval/recall_at_10"], abs=1e-6)
+    path = str(folder / "items.parquet")
+    done = export_items(config, again.checkpoint, path, quiet)
+    among_all = evaluate(config, again.checkpoint, "retrieval-all", quiet, items=path)
+    assert among_all.metrics["eval/items"] == done.items > again.metrics["eval/items"]
+    assert among_all.metrics["eval/recall_at_100"] > 0
+    assert MlflowClient(config.tracking.uri).get_run(among_all.run.run_id).data.tags["items"] == path
 
 
 def test_truncated_shard_gives_one_error_naming_the_file(built: Manifest, folder: Path) -> None:
@@ -183,6 +203,7 @@ def test_truncated_shard_gives_one_error_naming_the_file(built: Manifest, folder
     assert [run.info.status for run in failed] == ["FAILED"]
 
 
+@pytest.mark.slow
 def test_real_data_end_to_end(local_ray: None, ebnerd_folder: Path, tmp_path: Path) -> None:
     """EB-NeRD in its publisher's files: 1,046 requests and 10,848 impressions, counted at every stage."""
     config = load_config(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -12,14 +13,15 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from roo_ray.config import Config
-from roo_ray.errors import Stopped
+from roo_ray.errors import NoWorkers, Stopped
 from roo_ray.training import launch
 from roo_ray.training.checkpoint import read_state
-from roo_ray.training.launch import train
+from roo_ray.training.launch import evaluate, train
 from roo_ray.training.prepare import prepare
 from roo_ray.training.signals import forward_terminate
 from tests.jobs.small import small_config
 from tests.jobs.test_main_path import quiet
+from tests.models.own_towers import SlowTowers
 
 ONE = ("training.workers=1", "ingest.reader=thread", "training.epochs=1", "training.log_every=1")
 
@@ -38,13 +40,45 @@ def test_without_a_node_for_the_workers(local_ray: None, tmp_path: Path, monkeyp
     config = small_config(tmp_path, *ONE, "source.requests=60", "ray.worker_labels={role: nobody}")
     prepare(config, "build", quiet)
 
-    def listen(line: str) -> None:
-        if "starting the workers" in line:
-            threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    before = signal.getsignal(signal.SIGTERM)
 
+    def terminate() -> None:
+        while signal.getsignal(signal.SIGTERM) is before:  # a signal from before the run is another matter
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate, daemon=True).start()
     with pytest.raises(Stopped, match="no worker runs"):
-        train(config, "waits", listen)
+        train(config, "waits", quiet)
     assert statuses(config, "waits") == ["KILLED"]
+
+
+def test_without_a_node_for_long(local_ray: None, tmp_path: Path) -> None:
+    """Nobody tells the job to end."""
+    config = small_config(tmp_path, *ONE, "source.requests=60", "ray.worker_labels={role: nobody}")
+    config = config.model_copy(update={"ray": config.ray.model_copy(update={"wait_for_workers_s": 4.0})})
+    prepare(config, "build", quiet)
+    with pytest.raises(NoWorkers, match=r"waits for 1 worker of 1 CPU on .* 'nobody'.* Submit the same run_name again"):
+        train(config, "waits", quiet)
+    assert statuses(config, "waits") == ["FAILED"]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_workers_that_are_slow_to_begin(local_ray: None, tmp_path: Path) -> None:
+    """Nor is a job ended, in training or in evaluation, whose workers take longer for their model than they may be
+    away."""
+    config = small_config(tmp_path, *ONE, "source.requests=60", "model.towers=tests.models.own_towers:SlowTowers")
+    config = config.model_copy(update={"ray": config.ray.model_copy(update={"wait_for_workers_s": 45.0})})
+    prepare(config, "build", quiet)
+    began = time.monotonic()
+    result = train(config, "slow", quiet)
+    assert time.monotonic() - began > SlowTowers.seconds > config.ray.wait_for_workers_s
+    assert evaluate(config, result.checkpoint, "slow-evaluated", quiet).metrics["eval/requests"] > 0
+    nobody = config.ray.model_copy(update={"worker_labels": {"role": "nobody"}, "wait_for_workers_s": 4.0})
+    with pytest.raises(NoWorkers, match="Run the evaluation again"):
+        evaluate(config.model_copy(update={"ray": nobody}), result.checkpoint, "waits", quiet)
 
 
 @pytest.mark.slow
