@@ -135,20 +135,19 @@ def impression_table(data_set: str) -> str:
     return f"{data_set}/impressions.parquet"
 
 
-def write_impressions(folder: Path, manifest: Manifest) -> int:
-    """Writes the requests of the first shard as impression rows, as a log holds them; returns how many."""
-    path = folder / manifest.files[0].path
+def write_impressions(folder: Path, manifest: Manifest, shards: int = 3) -> int:
+    """Writes the requests of the first so many shards as impression rows, as a log holds them; returns how many."""
     target = impression_table(str(folder))
-    rows = 0
-    with pq.ParquetFile(path) as file:
-        writer = None
-        for group in range(file.metadata.num_row_groups):
-            exploded = explode_requests(file.read_row_group(group), schema())
-            ones = pa.array(np.ones(exploded.num_rows, np.int32))
-            exploded = exploded.append_column("num_impressions", ones)
-            writer = writer or pq.ParquetWriter(target, exploded.schema, compression="zstd", compression_level=3)
-            writer.write_table(exploded, row_group_size=exploded.num_rows)
-            rows += exploded.num_rows
-        assert writer is not None
-        writer.close()
+    rows, writer = 0, None
+    for shard in manifest.files[: min(shards, len(manifest.files) - 1)]:
+        with pq.ParquetFile(folder / shard.path) as file:
+            for group in range(file.metadata.num_row_groups):
+                exploded = explode_requests(file.read_row_group(group), schema())
+                ones = pa.array(np.ones(exploded.num_rows, np.int32))
+                exploded = exploded.append_column("num_impressions", ones)
+                writer = writer or pq.ParquetWriter(target, exploded.schema, compression="zstd", compression_level=3)
+                writer.write_table(exploded, row_group_size=exploded.num_rows)
+                rows += exploded.num_rows
+    assert writer is not None
+    writer.close()
     return rows

@@ -164,6 +164,14 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_size_arguments(parser: argparse.ArgumentParser) -> None:
+    """What benchmarks of attention take besides: the model's size, and the peak that its speed is a share of."""
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--heads", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--peak-tflops", type=float, help="the device's peak for the products' type, for the MFU")
+
+
 def merged(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """The rows of earlier ``--json`` files."""
     return [row for path in paths for row in json.loads(path.read_text())["rows"]]

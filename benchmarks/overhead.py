@@ -1,6 +1,6 @@
 """What tracking and checkpoints cost a training step.
 
-    python benchmarks/overhead.py [--quick] [--check] [--json FILE] [--seconds 250] [--batch 640]
+    python benchmarks/overhead.py [--quick] [--check] [--json FILE] [--seconds 400] [--batch 640] [--uri URI]
 
 One process group, one model, one process; two independent answers to the same question.
 
@@ -10,8 +10,9 @@ threads (the sender, MLflow's system metrics, the checkpoint's writer), which is
 for it and the training thread stood still meanwhile. Both as shares of the time, or CPU time, of plain steps; their sum
 is an upper bound on a machine with fewer cores than it needs, and resolves hundredths of a percent whatever else the
 machine does. The other threads' CPU time of plain steps is subtracted. A stretch of tracking is longer than what it
-gathers for (five seconds), so that sending is in it; what is still being written at the end of a stretch is counted
-until it is written.
+gathers for (5 s, 15 s with SQLite), so that sending is in it; what is still being written at the end of a stretch is
+counted until it is written. By default MLflow's store is SQLite in this process, as on a laptop; with a server at
+``--uri``, as on a cluster, its work is not the trainer's.
 
 Pairs. Stretches with and without take turns (off, on, on, off), as long as the time lasts, each timed by the clock and
 by the training thread's CPU; the medians of the pairs' differences with 95 % intervals (bootstrap over pairs). What the
@@ -27,6 +28,7 @@ processes: give the median that a run has logged (``checkpoint/report_ms``) as `
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 import time
@@ -44,9 +46,9 @@ from model_cases import arguments, finish, random_batch, schema_of, table
 from train_step import DIM, make_model, train
 
 from roo_ray.config import Model, Tracking
-from roo_ray.metrics.collection import RankingMetrics
 from roo_ray.training.checkpoint import RunState
-from roo_ray.training.outbox import GATHER_SECONDS
+from roo_ray.training.outbox import gather_seconds
+from roo_ray.training.quality import Quality
 from roo_ray.training.saver import Saver, name_of
 from roo_ray.training.system import system_metrics
 from roo_ray.training.tracking import RunHandle, RunLogger, open_run
@@ -103,7 +105,7 @@ class Bench:
         self.state = RunState(
             epoch=0, step=0, schema_yaml=schema.to_yaml(), model=Model(), data_version=1, data_digest="", plan={}
         )
-        self.lifetime = RankingMetrics([label.name for label in schema.labels])
+        self.quality = Quality([label.name for label in schema.labels], LINE)
         self.done, self.bytes, self.write_seconds = 0, 0, list[float]()
         self.ways = {
             "tracking": Way(self.log, lambda stretch: None),
@@ -125,7 +127,7 @@ class Bench:
                 lanes = torch.zeros((LANES, 2), dtype=torch.int64)
                 dist.all_reduce(lanes)  # the position, and what was trained on
                 dist.all_reduce(lanes[0])
-                run = {"lifetime": self.lifetime.state_tensor().cpu(), "rng_0": torch.get_rng_state()}
+                run = self.quality.tensors() | {"rng_0": torch.get_rng_state()}
                 self.saver.begin(name_of(0, self.done), self.model, self.state, {}, run)
         elif self.saver.written:
             self.collect(stretch)
@@ -186,6 +188,9 @@ def accounts(on: list[Stretch], off: list[Stretch]) -> dict[str, float]:
 
 def paired(on: list[Stretch], off: list[Stretch], name: str, draws: int = 2000) -> tuple[float, float, float]:
     """(median of the pairs' differences as a share, and the 95 % interval of that) of ``name`` per step."""
+    if len(on) == 1:  # of --quick: no interval
+        share = getattr(on[0], name) / on[0].steps / (getattr(off[0], name) / off[0].steps) - 1
+        return share, -math.inf, math.inf
     one, other = (np.array([getattr(s, name) / s.steps for s in stretches]) for stretches in (on, off))
     shares = one / other - 1
     chosen = np.random.default_rng(0).integers(len(shares), size=(draws, len(shares)))
@@ -195,18 +200,18 @@ def paired(on: list[Stretch], off: list[Stretch], name: str, draws: int = 2000) 
 
 def measure(options: Any, folder: Path) -> list[dict[str, Any]]:
     """A row per way."""
-    run = open_run(Tracking(uri=f"sqlite:///{folder}/mlflow.db"), "train", "overhead", nodes=1)
+    run = open_run(Tracking(uri=options.uri or f"sqlite:///{folder}/mlflow.db"), "train", "overhead", nodes=1)
     bench = Bench(options, folder, run)
     warm = bench.stretch(bench.ways["tracking"], lambda one: one.steps >= 2 * LINE)  # imports MLflow, too
     bench.logger.flush(60)
     bench.stretch(bench.ways["checkpoint"], lambda one: one.steps >= LINE)
 
     # tracking with MLflow's system metrics, which sample on their own: one long stretch; then with and without in turns
-    share = options.seconds
+    share, gather = options.seconds, gather_seconds(str(run.uri))
     with system_metrics(bench.logger):
-        long = bench.stretch(bench.ways["tracking"], lambda one: one.wall >= max(0.3 * share, 2.2 * GATHER_SECONDS))
+        long = bench.stretch(bench.ways["tracking"], lambda one: one.wall >= max(0.3 * share, 2.2 * gather))
     bench.logger.flush(60)
-    bench.pairs("tracking", 0.35 * share, lambda one: one.wall >= GATHER_SECONDS + 0.2)
+    bench.pairs("tracking", 0.35 * share, lambda one: one.wall >= gather + 0.2)
     bench.pairs("checkpoint", 0.35 * share, lambda one: one.steps >= EVERY)
     bench.logger.end(True)
 
@@ -245,9 +250,10 @@ def judged(rows: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     """Runs both ways."""
     parser = arguments("What tracking and checkpoints cost a training step")
-    parser.add_argument("--seconds", type=float, default=250, help="of measuring, in all")
+    parser.add_argument("--seconds", type=float, default=400, help="of measuring, in all")
     parser.add_argument("--report-ms", type=float, default=0.0, help="median checkpoint/report_ms of a run")
     parser.add_argument("--batch", type=int, default=640, help="impressions in a batch")
+    parser.add_argument("--uri", help="a tracking server's; else SQLite, whose work is done in this process")
     options = parser.parse_args()
     if options.quick:
         options.seconds = min(options.seconds, 36)

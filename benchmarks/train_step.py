@@ -2,13 +2,15 @@
 
     python benchmarks/train_step.py [--quick] [--check] [--json FILE] [--plot FILE.png] [--device cuda]
                                     [--kinds hstu,dcn] [--history 0,50,200] [--impressions 1,2,5,10,20]
+                                    [--dim 64] [--heads 2] [--layers 2] [--bf16] [--peak-tflops TFLOPS]
                                     [--merge FILE...] [--compile]
 
 Both sides train the same impressions: the request batch, and the same batch exploded. A step is forward, loss,
-backward with the fused update of the tables, and the dense optimizer. FLOPs are the matrix products that torch
-counts in that step; their ratio is the bound of the speed-up where those dominate. Memory is what autograd keeps for
-backward (on a GPU the peak). All-to-all bytes are those of ids and embeddings of a step, there and back, before the
-share that stays on its own rank.
+backward with the fused update of the tables, and the dense optimizer. FLOPs are those that the matrix products of that
+step need (``model_flops``: no padding, nothing computed again), the same on every device; their ratio is the bound of
+the speed-up where those dominate, and ROO's per second are, as a share of ``--peak-tflops``, its MFU. Memory is what
+autograd keeps for backward (on a GPU the peak). All-to-all bytes are by formula: ids and embeddings of a step, there
+and back, before the share that stays on its own rank.
 
 Aims: at least 90 % of the FLOPs ratio where the history encoder dominates (history 200 or more), at least 9x at 10
 impressions and history 200, never slower at 1 impression (within 3 %).
@@ -29,6 +31,7 @@ import torch
 import torch.distributed as dist
 from model_cases import (
     SavedBytes,
+    add_size_arguments,
     arguments,
     finish,
     merged,
@@ -38,7 +41,7 @@ from model_cases import (
     table,
     times_faster,
 )
-from torch.utils.flop_counter import FlopCounterMode
+from model_flops import step_flops
 
 from roo_ray.allocator import keep_freed_memory
 from roo_ray.config import Model, Training
@@ -50,16 +53,15 @@ from roo_ray.models.ranking import RankingModel
 from roo_ray.schema import Schema
 from roo_ray.training.sharding import ShardedModel, shard
 
-DIM = 64
 NO_ENCODER = ("dcn",)  # no sequence model: the history is a pooled bag
 OF_BOUND, AT_TEN, AT_ONE = 0.9, 9.0, 0.97
 
 
-def make_model(kind: str, schema: Schema, device: torch.device, compiled: bool = False) -> ShardedModel:
+def make_model(kind: str, schema: Schema, options: Any, device: torch.device, compiled: bool = False) -> ShardedModel:
     """The sharded model on one rank: tables with fused updates, dense Adam; the towers by ``torch.compile``."""
     torch.manual_seed(0)
-    settings = Model(kind=kind, dim=DIM, layers=2, heads=2, user_dim=DIM)  # type: ignore[arg-type]
-    model = RankingModel(schema, settings, torch.device("meta"))
+    sizes = {"dim": options.dim, "layers": options.layers, "heads": options.heads, "user_dim": options.dim}
+    model = RankingModel(schema, Model(kind=kind, **sizes), torch.device("meta"), options.bf16)  # type: ignore[arg-type]
     model.dense.to(device)
     if compiled:
         model.dense = torch.compile(model.dense, dynamic=True)  # type: ignore[assignment]
@@ -75,20 +77,6 @@ def train(model: ShardedModel, batch: RequestBatch) -> None:
     model.optimizer.step()
 
 
-def batched_product_flops(added: Any, left: Any, right: Any, **_: Any) -> int:
-    """Of the in-place batched product, which torch's counter does not know."""
-    batch, rows, inner = left
-    return 2 * batch * rows * inner * int(right[-1])
-
-
-def flops(model: ShardedModel, batch: RequestBatch) -> float:
-    """Of the matrix products of a step."""
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: batched_product_flops})
-    with counter:
-        train(model, batch)
-    return float(counter.get_total_flops())
-
-
 def kept_bytes(model: ShardedModel, batch: RequestBatch, device: torch.device) -> int:
     """Bytes kept for backward; on a GPU the peak of a step."""
     if device.type == "cuda":
@@ -100,26 +88,26 @@ def kept_bytes(model: ShardedModel, batch: RequestBatch, device: torch.device) -
     return kept.total
 
 
-def all_to_all_bytes(schema: Schema, batch: RequestBatch) -> int:
-    """Ids out, embeddings back, gradients out."""
+def all_to_all_bytes(batch: RequestBatch, dim: int) -> int:
+    """Ids out, embeddings back, gradients out: by formula."""
     ids = sum(lists.values.numel() for lists in request_lists(batch).values())
-    return ids * (8 + 2 * 4 * DIM)
+    return ids * (8 + 2 * 4 * dim)
 
 
 def measure(kind: str, history: int, impressions: int, options: Any, device: torch.device) -> dict[str, Any]:
     """One row of the table."""
-    schema = schema_of(history, DIM)
+    schema = schema_of(history, options.dim)
     requests = max(1, options.batch // impressions)
     batch = random_batch(schema, requests, impressions, history, seed=1).to(device)
     exploded = batch.explode()
-    model = make_model(kind, schema, device)
+    model = make_model(kind, schema, options, device)
     sides = {"request": batch, "impression": exploded}
     ways = {name: (lambda side=side: train(model, side)) for name, side in sides.items()}
     # at one impression both sides are nearly the same work: a difference of 3 % wants more rounds
     seconds = side_by_side(ways, options.rounds * (4 if impressions == 1 else 1), device.type)
-    flop = {name: flops(model, side) for name, side in sides.items()}
     kept = {name: kept_bytes(model, side, device) for name, side in sides.items()}
-    moved = {name: all_to_all_bytes(schema, side) for name, side in sides.items()}
+    moved = {name: all_to_all_bytes(side, options.dim) for name, side in sides.items()}
+    flop = {name: step_flops(way) for name, way in ways.items()}  # last: it trains without attention
     return {
         "kind": kind,
         "history": history,
@@ -138,9 +126,10 @@ def measure(kind: str, history: int, impressions: int, options: Any, device: tor
 
 def compare_compiled(kind: str, history: int, impressions: int, options: Any, device: torch.device) -> None:
     """Prints the step of the request form with and without ``torch.compile`` of the towers, after its compilation."""
-    schema = schema_of(history, DIM)
-    models = {name: make_model(kind, schema, device, name == "compiled") for name in ("eager", "compiled")}
-    batches = [random_batch(schema, options.batch // impressions, impressions, history, seed) for seed in range(3)]
+    schema = schema_of(history, options.dim)
+    models = {name: make_model(kind, schema, options, device, name == "compiled") for name in ("eager", "compiled")}
+    requests = max(1, options.batch // impressions)
+    batches = [random_batch(schema, requests, impressions, history, seed) for seed in range(3)]
     batches = [batch.to(device) for batch in batches]
     begin = time.perf_counter()
     for batch in batches:  # shapes that vary, as in training
@@ -169,6 +158,23 @@ def missed_aims(row: dict[str, Any]) -> list[str]:
     if row["impressions"] == 1 and row["speedup"] < AT_ONE:
         missed.append(f"{where}: {row['speedup']:.3f}x, slower than impression-level by over 3 %")
     return missed
+
+
+def report(rows: list[dict[str, Any]], peak_tflops: float | None) -> str:
+    """A Markdown table; with the device's peak also the MFU of the request form."""
+    header = ["model", "history", "impressions", "ROO ms", "impression-level ms", "speed-up", "FLOPs ratio"]
+    header += ["ROO GFLOP", "ROO MB kept", "memory ratio", "ROO all-to-all MB", "all-to-all ratio"]
+    cells = []
+    for r in rows:
+        cells.append([r["kind"], r["history"], r["impressions"], f"{r['request_ms']:.1f}", f"{r['impression_ms']:.1f}"])
+        cells[-1] += [f"{r['speedup']:.2f}x", f"{r['flops_ratio']:.2f}x", f"{r['request_gflop']:.2f}"]
+        cells[-1] += [f"{r['request_mb']:.1f}", f"{r['memory_ratio']:.2f}x"]
+        cells[-1] += [f"{r['all_to_all_mb']:.2f}", f"{r['all_to_all_ratio']:.2f}x"]
+    if peak_tflops:
+        header.append("MFU")
+        for row, r in zip(cells, rows, strict=True):
+            row.append(f"{r['request_gflop'] / r['request_ms'] / peak_tflops:.1%}")
+    return table(header, cells)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -228,6 +234,8 @@ def main() -> None:
     parser.add_argument("--impressions", default="1,2,5,10,20")
     parser.add_argument("--batch", type=int, default=640, help="impressions in a batch")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--bf16", action="store_true", help="the towers under bfloat16 autocast")
+    add_size_arguments(parser)
     parser.add_argument("--compile", action="store_true", help="compare with torch.compile, and nothing else")
     parser.add_argument("--plot", type=Path, help="write a picture")
     options = parser.parse_args()
@@ -250,14 +258,7 @@ def main() -> None:
     else:
         rows = measure_all(options.kinds.split(","), histories, counts, options, device)
     missed = [line for row in rows for line in missed_aims(row)]
-    header = ["model", "history", "impressions", "ROO ms", "impression-level ms", "speed-up", "FLOPs ratio"]
-    header += ["memory ratio", "all-to-all ratio"]
-    cells = [
-        [r["kind"], r["history"], r["impressions"], f"{r['request_ms']:.1f}", f"{r['impression_ms']:.1f}"]
-        + [f"{r[name]:.2f}x" for name in ("speedup", "flops_ratio", "memory_ratio", "all_to_all_ratio")]
-        for r in rows
-    ]
-    print(table(header, cells))
+    print(report(rows, options.peak_tflops))
     if options.plot:
         plot(rows, options.plot)
     finish(rows, missed, options)
