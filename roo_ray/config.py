@@ -29,6 +29,19 @@ ShardingKind = Literal["table_wise", "row_wise", "column_wise", "data_parallel",
 EmbeddingOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd", "adam", "lamb"]
 
 
+class ManagedRows(Strict):
+    """Which ids have a row of a table that the schema has as ``managed`` (docs/models.md, "Unbounded ids").
+
+    ``policy``: those met in the most steps (``lfu``), last (``lru``), or the former divided by the time since
+    (``distance_lfu``). ``every``: rows are given and taken back every so many steps. ``buffer``: and before, where so
+    many ids wait for it; 8 bytes each.
+    """
+
+    policy: Literal["lfu", "lru", "distance_lfu"] = "distance_lfu"
+    every: int = Field(default=100, gt=0)
+    buffer: int = Field(default=1 << 20, gt=0)
+
+
 class Embeddings(Strict):
     """How embedding tables are stored, placed and updated. What the device or the stack cannot do is refused
     before training starts (docs/models.md, "What is refused where").
@@ -39,6 +52,7 @@ class Embeddings(Strict):
     ``index_dedup``: look each id of a batch up once (GPU only; not in pooled tables).
     ``pooled``: tables whose bags are pooled where the table lies, so that one vector per bag is sent instead of one per
     id; bags alone may read them (docs/models.md, "Pooled tables", says when that pays).
+    ``managed``: how rows are given to the ids of tables that the schema has as managed.
     """
 
     weights: Literal["fp32", "fp16", "bf16"] = "fp32"
@@ -47,6 +61,7 @@ class Embeddings(Strict):
     uvm: list[str] = Field(default_factory=list)
     index_dedup: bool = False
     pooled: list[str] = Field(default_factory=list)
+    managed: ManagedRows = ManagedRows()
 
 
 ModelKind = Literal["dcn", "hstu", "hstu_targets", "cross_attention", "two_tower", "retrieval"]

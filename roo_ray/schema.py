@@ -42,11 +42,27 @@ class Table(Strict):
 
     ``rows``: number of embeddings; ids are 0 .. rows-1. ``dim``: floats per embedding. ``hash``: ids of any
     integer or string type are hashed into the table; without it, an id outside 0 .. rows-1 is an error.
+    ``managed``: ids of any integer or string type, more than there are rows: training gives each a row of its own, and
+    takes it back for ids that are met more (docs/models.md, "Unbounded ids").
     """
 
     rows: int = Field(gt=0)
     dim: int = Field(gt=0)
     hash: bool = False
+    managed: bool = False
+
+    @property
+    def unbounded(self) -> bool:
+        """Ids of any integer or string type are taken."""
+        return self.hash or self.managed
+
+    @model_validator(mode="after")
+    def _one_way_for_ids(self) -> Table:
+        if self.managed and self.hash:
+            raise ValueError("'hash' and 'managed' are two ways for unbounded ids; take one")
+        if self.managed and self.rows < 2:
+            raise ValueError("a managed table has a row for ids without one beside the others: give it 2 rows or more")
+        return self
 
 
 class SequenceColumn(Strict):
@@ -270,7 +286,11 @@ class Schema(Strict):
     @cached_property
     def digest(self) -> str:
         """A short stable digest of the whole schema."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        content = self.model_dump(mode="json")
+        for table in content["tables"].values():
+            if not table["managed"]:
+                del table["managed"]  # a key that came later: what was built and trained before stays the same
+        canonical = json.dumps(content, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:

@@ -22,6 +22,9 @@ Where = Callable[[int], str]
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
+NO_ID = 0  # in a managed table: of a dummy request; no id of the data is it
+_MANAGED = np.uint64(1 << 61)  # ids of the data in a managed table are from here on, those of nulls below
+
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6}
 
 
@@ -53,7 +56,8 @@ def _to_float(values: pa.Array, column: str) -> Floats:
 def ids_of(
     values: pa.Array, column: str, name: str, table: Table, where: Where, fill_id: int | None = None
 ) -> Integers:
-    """(N,) int64 rows of the embedding table ``name``: hashed where the table says so, else checked.
+    """(N,) int64 rows of the embedding table ``name``: hashed where the table says so, else checked. Of a managed
+    table: hashes of 61 bits, to which the model gives rows; ``fill_id + 1`` for nulls; never ``NO_ID``.
 
     Raises DataError at a null without ``fill_id``, at an id outside the table, at a type that is no id.
     """
@@ -63,7 +67,10 @@ def ids_of(
         raise DataError(
             f"column '{column}' is null in {where(_first(nulls))}; give the feature a fill_id, or remove the nulls"
         )
-    if table.hash:
+    if table.managed:
+        rows = ((hash_array(values) >> np.uint64(3)) | _MANAGED).astype(np.int64)
+        fill_id = None if fill_id is None else fill_id + 1
+    elif table.hash:
         rows = (hash_array(values) % np.uint64(table.rows)).astype(np.int64)
     else:
         rows = _checked_ids(values, column, name, table, where)

@@ -55,6 +55,12 @@ def check_model(schema: Schema, settings: Model, device_type: str) -> list[str]:
         if schema.tables[table].dim % COLUMNS
     ]
     problems += embedding_problems(settings.embeddings, tables, device_type)
+    problems += [
+        f"model.embeddings.uvm names table '{table}', which the schema has as managed: its rows change hands on the "
+        "device; take it out of uvm, or give it hash: true instead"
+        for table in settings.embeddings.uvm
+        if table in tables and schema.tables[table].managed
+    ]
     problems += pooled_problems(schema, [table for table in settings.embeddings.pooled if table in tables])
     notes = unused_keys(settings)
     try:
@@ -108,11 +114,12 @@ def _try_towers(schema: Schema, settings: Model) -> RequestOnlyModel:
 
 def evaluated_as(settings: Model, device_type: str) -> Model:
     """``settings`` where a model is only evaluated: how its tables were placed and updated in training does not matter
-    then, and may be what a GPU alone can do. Which are pooled stays, and their type where the device has it; else it is
-    fp32."""
+    then, and may be what a GPU alone can do. Which are pooled and how ids get rows stays, and their type where the
+    device has it; else it is fp32."""
     stored = settings.embeddings.weights
     weights = "fp32" if stored == "bf16" and device_type == "cpu" else stored
-    return settings.model_copy(update={"embeddings": Embeddings(weights=weights, pooled=settings.embeddings.pooled)})
+    kept = Embeddings(weights=weights, pooled=settings.embeddings.pooled, managed=settings.embeddings.managed)
+    return settings.model_copy(update={"embeddings": kept})
 
 
 def refuse_what_cannot_be(embeddings: Embeddings, tables: Iterable[str], device_type: str) -> None:

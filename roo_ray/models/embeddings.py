@@ -18,12 +18,14 @@ from torchrec import EmbeddingCollection, EmbeddingConfig, JaggedTensor
 from torchrec.distributed.types import Awaitable
 from torchrec.modules.embedding_configs import DataType
 
+from roo_ray.config import ManagedRows
 from roo_ray.errors import ConfigError
 from roo_ray.ingest.batch import Jagged, RequestBatch, impression_id_keys, request_id_keys
 from roo_ray.models.contract import ModelInputs, SequenceInputs
 from roo_ray.models.jagged import segment_mean, segment_sum, sum_lengths
 from roo_ray.models.keyed import keyed_jagged
 from roo_ray.models.keyed_random import combine_keys
+from roo_ray.models.managed import ManagedIds
 from roo_ray.models.pooled import PooledLookup, pooled_problems
 from roo_ray.models.precision import at_least_float32
 from roo_ray.schema import Feature, Schema
@@ -65,8 +67,9 @@ class EmbeddingLookup(nn.Module):
 
     ``device``: where the tables are made; ``meta`` where ``DistributedModelParallel`` allocates them. Works
     unsharded and sharded. Weights are set by ``initialise_tables``; they are of type ``weights`` (fp32, fp16,
-    bf16), what is looked up is float32. Raises ConfigError where ``pooled`` names a table that is read by something
-    other than bags.
+    bf16), what is looked up is float32. ``managed``: how the ids of managed tables get rows, by maps on ``ids_device``
+    (by default ``device``, where it is real). Raises ConfigError where ``pooled`` names a table that is read by
+    something other than bags.
     """
 
     def __init__(
@@ -75,6 +78,8 @@ class EmbeddingLookup(nn.Module):
         device: torch.device | None = None,
         weights: str = "fp32",
         pooled: Collection[str] = (),
+        managed: ManagedRows | None = None,
+        ids_device: torch.device | None = None,
     ) -> None:
         super().__init__()
         problems = pooled_problems(schema, pooled)
@@ -102,9 +107,12 @@ class EmbeddingLookup(nn.Module):
             {f"dim_{dim}": EmbeddingCollection(tables=tables, device=device) for dim, tables in by_dim.items()}
         )
         self.pooled = PooledLookup(schema, features.keys() & pooled, device, weights)
+        made = None if device is not None and device.type == "meta" else device  # maps are no weights: nobody sets them
+        self.managed = ManagedIds(schema, managed or ManagedRows(), ids_device or made)
 
     def forward(self, batch: RequestBatch) -> LookedUp:
         """The embeddings of all id features (collective where tables are sharded)."""
+        batch = self.managed(batch)
         per_request = request_lists(batch)
         # all lookups are under way before the first one is waited for
         started = {

@@ -4,7 +4,8 @@ sharding plan and the device, a table starts the same."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,11 +41,15 @@ def table_weights(
     seed: int, table: str, first_row: int, rows: int, first_column: int, columns: int, device: torch.device
 ) -> Tensor:
     """A block of a table's initial weights: (rows, columns) float32, uniform in [-1, 1)."""
+    return _weights_of(seed, table, torch.arange(first_row, first_row + rows, device=device), first_column, columns)
+
+
+def _weights_of(seed: int, table: str, rows: Tensor, first_column: int, columns: int) -> Tensor:
+    """Initial weights of the rows (R,) int64: (R, columns)."""
     digest = hashlib.sha256(f"{seed}/{table}".encode()).digest()
     key = int.from_bytes(digest[:8], "little", signed=True)
-    row = torch.arange(first_row, first_row + rows, device=device).unsqueeze(1)  # (rows, 1) int64
-    column = torch.arange(first_column, first_column + columns, device=device)  # (columns,)
-    mixed = mix64(mix64(row + key) + column * as_int64(0x9E3779B97F4A7C15))  # (rows, columns)
+    column = torch.arange(first_column, first_column + columns, device=rows.device)  # (columns,)
+    mixed = mix64(mix64(rows.unsqueeze(1) + key) + column * as_int64(0x9E3779B97F4A7C15))  # (R, columns)
     return ((mixed >> 40) & 0xFFFFFF).float() * 2.0**-23 - 1.0  # 24 bits are exact in float32
 
 
@@ -54,17 +59,18 @@ def table_scale(dim: int) -> float:
 
 
 def _blocks(weight: Tensor) -> Iterator[tuple[Tensor, int, int]]:
-    """(local tensor, its first row, its first column) of the parts of a table that this rank holds."""
+    """(local tensor, its first row, its first column) of the parts of a table, or of a vector with an element per row,
+    that this rank holds."""
     if isinstance(weight, ShardedTensor):
         for shard in weight.local_shards():
-            row, column = shard.metadata.shard_offsets
-            yield shard.tensor, row, column
+            row, *columns = shard.metadata.shard_offsets
+            yield shard.tensor, row, columns[0] if columns else 0
     elif isinstance(weight, DTensor):
         local = weight.to_local()
         assert isinstance(local, LocalShardsWrapper)
         # not strict: a rank without a shard has no tensor, yet an offset
-        for tensor, (row, column) in zip(local.local_shards(), local.local_offsets(), strict=False):
-            yield tensor, row, column
+        for tensor, (row, *columns) in zip(local.local_shards(), local.local_offsets(), strict=False):
+            yield tensor, row, columns[0] if columns else 0
     else:
         yield weight, 0, 0
 
@@ -85,6 +91,38 @@ def initialise_tables(module: nn.Module, seed: int) -> None:
             table = name.split(".")[1]  # embeddings.<table>.weight or embedding_bags.<table>.weight
             for tensor, first_row, first_column in _blocks(weight):
                 _fill(tensor, seed, table, first_row, first_column, table_scale(_dim(weight)))
+
+
+@torch.no_grad()
+def begin_rows_anew(
+    module: nn.Module, seed: int, table: str, rows: Tensor, optimizer_state: Mapping[str, Any] | None = None
+) -> None:
+    """Sets rows (R,) int64 of a table within ``module``, sharded or not, to their initial weights, in place, and to 0
+    what ``optimizer_state`` (parameter name -> its tensors) has of them. Each rank sets the parts that it holds."""
+    for collection in module.modules():
+        if not isinstance(collection, _COLLECTIONS):
+            continue
+        for name, weight in collection.state_dict().items():
+            if name.split(".")[1] != table:
+                continue
+            for tensor, first_row, first_column in _blocks(weight):
+                own = _within(rows, first_row, tensor)
+                scale = table_scale(_dim(weight))
+                tensor[own] = (_weights_of(seed, table, own + first_row, first_column, tensor.shape[1]) * scale).to(
+                    tensor.dtype
+                )
+    for name, state in (optimizer_state or {}).items():
+        if name.split(".")[-2:] != [table, "weight"]:
+            continue
+        for value in state.values():
+            if isinstance(value, Tensor) and value.dim():
+                for tensor, first_row, _ in _blocks(value):
+                    tensor[_within(rows, first_row, tensor)] = 0
+
+
+def _within(rows: Tensor, first: int, tensor: Tensor) -> Tensor:
+    """The rows of a table that lie in a part of it, counted from the part's first."""
+    return rows[(rows >= first) & (rows < first + tensor.shape[0])] - first
 
 
 def _fill(tensor: Tensor, seed: int, table: str, first_row: int, first_column: int, scale: float) -> None:

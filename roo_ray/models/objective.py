@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from roo_ray.ingest.batch import RequestBatch
 from roo_ray.models.architectures.retrieval import RetrievalTowers
 from roo_ray.models.losses import ranking_loss
+from roo_ray.models.managed import managed_ids
 from roo_ray.models.retrieval import retrieval_loss
 
 
@@ -32,5 +33,6 @@ def training_loss(
     towers = retrieval_towers(model)
     if towers is None:
         return outputs, ranking_loss(outputs, batch.labels, batch.weights, task_weights, global_weights, world_size)
-    loss = retrieval_loss(towers, outputs, batch, world_size)
+    managed = managed_ids(model)
+    loss = retrieval_loss(towers, outputs, managed(batch) if managed else batch, world_size)
     return logits_of(model, outputs, len(task_weights)), loss

@@ -42,7 +42,8 @@ class RankingModel(nn.Module):
 
     ``sparse_device``: where the tables are made, ``meta`` where TorchRec allocates them; set their weights by
     ``initialise_tables``. The dense part's initial weights come from torch's global random state alone,
-    wherever the tables are: seed it before. ``autocast``: the towers run in bfloat16 where that is safe.
+    wherever the tables are: seed it before. ``ids_device``: where the maps of managed tables are (by default, where
+    the tables are made, or the CPU). ``autocast``: the towers run in bfloat16 where that is safe.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class RankingModel(nn.Module):
         settings: Model,
         sparse_device: torch.device | None = None,
         autocast: bool = False,
+        ids_device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.schema, self.autocast = schema, autocast
@@ -60,8 +62,8 @@ class RankingModel(nn.Module):
         self.shorten = StochasticLength(schema, settings.stochastic_length)
         self.position = position_column(schema, settings)
         self.position_value = _as_ingested(schema, settings)
-        embeddings = settings.embeddings
-        self.sparse = EmbeddingLookup(schema, sparse_device, embeddings.weights, embeddings.pooled)
+        tables = settings.embeddings
+        self.sparse = EmbeddingLookup(schema, sparse_device, tables.weights, tables.pooled, tables.managed, ids_device)
 
     def inputs(self, batch: RequestBatch) -> ModelInputs:
         """What the towers see of a batch: no event from the request's time on, in training histories of

@@ -43,7 +43,7 @@ def _is_scalar(kind: pa.DataType) -> bool:
 
 
 def _id_rule(schema: Schema, table: str | None) -> tuple[Test, str]:
-    if table is not None and schema.tables[table].hash:
+    if table is not None and schema.tables[table].unbounded:
         return _is_hashable, "integers, strings or timestamps"
     return _is_id, f"integers (or hash: true for table '{table}')"
 

@@ -244,7 +244,7 @@ class _Examiner(Notes):
 
     def in_table(self, name: str, leaves: Leaves, table: IdTable, table_name: str) -> None:
         values = leaves.values
-        if table.hash or pa.types.is_null(values.type) or len(values) == 0:
+        if table.unbounded or pa.types.is_null(values.type) or len(values) == 0:
             return
         if pa.types.is_boolean(values.type):
             values = values.cast(pa.uint8())

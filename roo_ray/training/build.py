@@ -25,7 +25,7 @@ def build_model(config: Config, job: WorkerJob, device: torch.device) -> Sharded
     """The sharded model with its initial weights, a function of the seed alone."""
     torch.manual_seed(config.training.seed)
     autocast = config.training.autocast == "bf16"
-    model = RankingModel(config.request_schema, config.model, torch.device("meta"), autocast)
+    model = RankingModel(config.request_schema, config.model, torch.device("meta"), autocast, device)
     model.dense.to(device)
     return shard(
         model,

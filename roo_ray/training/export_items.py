@@ -84,7 +84,8 @@ def export_items(config: Config, named: str, path: str, say: Say) -> ExportedIte
 def _whole_model(folder: str | Path, schema: Schema, settings: Model) -> RankingModel:
     """The model of a checkpoint on CPU, its tables whole and float32: however they were stored, placed and updated in
     training, which may be in ways that a GPU alone can do."""
-    model = RankingModel(schema, settings.model_copy(update={"embeddings": Embeddings()}))
+    tables = Embeddings(managed=settings.embeddings.managed)
+    model = RankingModel(schema, settings.model_copy(update={"embeddings": tables}))
     tensors = {"model": dict(model.state_dict())}
     misfit, reader = f"checkpoint {folder} does not fit its own model", checkpoint.SafeReader(folder)
     checkpoint.read_tensors(tensors, reader, checkpoint.read_state(folder), misfit, alone=True)

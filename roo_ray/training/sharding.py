@@ -32,6 +32,7 @@ from roo_ray.config import Embeddings, Training
 from roo_ray.errors import ConfigError
 from roo_ray.models.check import refuse_what_cannot_be
 from roo_ray.models.initialise import initialise_tables
+from roo_ray.models.managed import managed_ids
 from roo_ray.models.pooled import PooledLookup
 from roo_ray.training.hosts import describe, places, topology
 
@@ -139,8 +140,11 @@ def table_constraints(
     tables which bags of impressions read is B_NRO (``batch_impressions``; None: as many as requests).
 
     On a GPU the planner chooses between its memory and host memory with a cache on it (UVM), by what fits, where
-    ``embeddings.uvm`` does not say it. A grid cuts columns over the ``hosts``, and rows over the ranks of each."""
+    ``embeddings.uvm`` does not say it; managed tables lie in its memory. A grid cuts columns over the ``hosts``, and
+    rows over the ranks of each."""
     embeddings = embeddings or Embeddings()
+    managed = managed_ids(model)
+    on_device = set(managed.features) if managed else set()  # their rows are written to outside the lookup
     lookups = [module for module in model.modules() if isinstance(module, PooledLookup)]
     by_impression = {t for lookup in lookups for t, level in lookup.levels.items() if level == "impression"}
     constraints = {}
@@ -152,7 +156,7 @@ def table_constraints(
             kernels = [EmbeddingComputeKernel.DENSE]
         elif table.name in embeddings.uvm:
             kernels = [EmbeddingComputeKernel.FUSED_UVM_CACHING]
-        elif device_type != "cpu":
+        elif device_type != "cpu" and table.name not in on_device:
             kernels.append(EmbeddingComputeKernel.FUSED_UVM_CACHING)
         parts = {"column_wise": world_size, "grid": hosts}.get(kind)  # of the columns, cut in multiples of 4 floats
         rows = (batch_impressions or batch_requests) if table.name in by_impression else batch_requests

@@ -17,10 +17,13 @@ from roo_ray.errors import TrainingDiverged
 from roo_ray.ingest.batch import RequestBatch
 from roo_ray.ingest.stream import Step
 from roo_ray.models.losses import ranking_loss, task_loss_sums
+from roo_ray.models.managed import managed_ids
 from roo_ray.models.objective import logits_of, retrieval_towers
 from roo_ray.models.retrieval import retrieval_loss
+from roo_ray.schema import Schema
 from roo_ray.training.agreement import Agreement, Flags, agree, lanes_alive
 from roo_ray.training.clock import TrainingClock
+from roo_ray.training.ids import meet_ids
 from roo_ray.training.requests_of import requests_by_rank
 from roo_ray.training.sharding import ShardedModel
 from roo_ray.training.timing import StepTimes
@@ -50,6 +53,8 @@ class Trainer:
     batch is there, from which on time counts."""
 
     model: ShardedModel
+    schema: Schema
+    seed: int
     task_weights: Tensor
     rank: int
     world: int
@@ -78,8 +83,9 @@ class Trainer:
         while alive and alive >= ends_below:
             step = coming
             self.times.lap("other")
-            buffers = self._buffers() if self.skips else []
             batch = step.batch.explode() if self.exploded else step.batch
+            meet_ids(self.model, self.schema, batch, self.seed)
+            buffers = self._buffers() if self.skips else []
             outputs = self.model.module(batch)
             logits = logits_of(self.model.module, outputs, len(self.task_weights))
             loss, finite = self._local(outputs, logits, batch)
@@ -115,7 +121,8 @@ class Trainer:
         """(retrieval's loss, None of a ranking model; whether this rank's loss is finite)."""
         towers = retrieval_towers(self.model.module)
         if towers is not None:
-            loss = retrieval_loss(towers, outputs, batch, self.world)
+            managed = managed_ids(self.model.module)
+            loss = retrieval_loss(towers, outputs, managed(batch) if managed else batch, self.world)
             # one rank's vectors are the others' negatives: all losses may be NaN, and its own vectors tell whose
             return loss, bool(torch.isfinite(outputs).all() & torch.isfinite(loss.detach()))
         sums = task_loss_sums(logits.detach(), batch.labels, batch.weights)
@@ -123,7 +130,8 @@ class Trainer:
 
     def _buffers(self) -> list[tuple[Tensor, Tensor]]:
         """What a forward changes beside the outputs (running statistics, item counts), with copies."""
-        return [(buffer, buffer.clone()) for buffer in self.model.module.buffers()]
+        buffers = self.model.module.named_buffers()
+        return [(buffer, buffer.clone()) for name, buffer in buffers if not name.startswith("sparse.managed.")]
 
     def _not_finite(self, step: Step, finite: bool) -> None:
         if self.skips:

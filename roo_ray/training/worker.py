@@ -35,6 +35,7 @@ from roo_ray.training.agreement import Flags
 from roo_ray.training.build import build_model, choose_algorithms
 from roo_ray.training.clock import TrainingClock
 from roo_ray.training.counts import Counts, unreadable
+from roo_ray.training.ids import id_metrics
 from roo_ray.training.job import WorkerJob
 from roo_ray.training.positions import position_over_ranks, refuse_another_stream
 from roo_ray.training.requests_of import request_ids
@@ -175,6 +176,8 @@ class Worker:
 
         trainer = Trainer(
             model=self.model,
+            schema=self.schema,
+            seed=settings.seed,
             task_weights=torch.tensor([x.weight for x in self.schema.labels], device=self.device),
             rank=self.rank,
             world=self.world,
@@ -232,6 +235,7 @@ class Worker:
             self.trained_to = position_over_ranks(epoch, end, ingest.lanes, ingest.window_units, self.device)
         counted = self.counts.over_ranks(self.device)
         metrics = total.over_ranks(self.device, "epoch") | self.unreadable(counted, epoch)
+        metrics |= id_metrics(self.model.module)
         if counted["skipped_requests"]:
             metrics["epoch/not_finite_requests"] = float(counted["skipped_requests"])
             metrics["epoch/not_finite_batches"] = float(self.skipped)

@@ -72,6 +72,8 @@ def random_batch(
 
     def ids(table: str, lists: Tensor) -> Jagged:
         rows = schema.tables[table].rows
+        if schema.tables[table].managed:  # more ids than rows; 0 is no id
+            return Jagged(torch.randint(1, 4 * rows, (int(lists.sum()),), generator=generator), lists)
         return Jagged(torch.randint(0, rows, (int(lists.sum()),), generator=generator), lists)
 
     list_lengths: dict[str, Tensor] = {}

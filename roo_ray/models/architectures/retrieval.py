@@ -32,14 +32,14 @@ class RetrievalTowers(RequestOnlyModel):
     def __init__(self, schema: Schema, settings: Model) -> None:
         super().__init__()
         self.temperature, self.log_q = settings.temperature, settings.log_q
-        self.item, rows = _item_feature(schema, settings)
+        self.item, self.table = _item_feature(schema, settings)
         labels = [label.name for label in schema.labels]
         if settings.positive is not None and settings.positive not in labels:
             raise ConfigError(f"model.positive '{settings.positive}' is no label of schema '{schema.name}': {labels}")
         self.positive = labels.index(settings.positive) if settings.positive else 0
         self.user_tower = UserTower(settings.user_dim, schema, settings)
         self.item_tower = ItemTower(settings.user_dim, schema, settings)
-        self.register_buffer("item_counts", torch.zeros(rows, dtype=torch.int64))
+        self.register_buffer("item_counts", torch.zeros(schema.tables[self.table].rows, dtype=torch.int64))
         self.register_buffer("items_seen", torch.zeros((), dtype=torch.int64))
 
     def user_side(self, inputs: ModelInputs) -> UserState:
@@ -55,6 +55,11 @@ class RetrievalTowers(RequestOnlyModel):
         """Counts the impressions of a global batch by their items (M,) int64."""
         self.item_counts.index_add_(0, items, torch.ones_like(items))
         self.items_seen += items.numel()
+
+    def forget_items(self, rows: Tensor) -> None:
+        """Counts from none again for rows (R,) int64 of the items' table, which have got other items."""
+        self.items_seen -= self.item_counts[rows].sum()
+        self.item_counts[rows] = 0
 
     def log_frequency(self, items: Tensor) -> Tensor:
         """Logarithm of the items' share of all impressions counted: (M,) int64 -> (M,) float32. Its cost is that of
@@ -75,8 +80,8 @@ class RetrievalTowers(RequestOnlyModel):
         return (users * items).sum(1) / self.temperature
 
 
-def _item_feature(schema: Schema, settings: Model) -> tuple[str, int]:
-    """(feature, rows of its table)."""
+def _item_feature(schema: Schema, settings: Model) -> tuple[str, str]:
+    """(feature, its table)."""
     features = {f.name: f for f in schema.select("impression", "ids") if f.pooling == "none"}
     name = settings.item or next(iter(features), None)
     if name not in features:
@@ -86,4 +91,4 @@ def _item_feature(schema: Schema, settings: Model) -> tuple[str, int]:
         )
     table = features[name].table
     assert table is not None
-    return name, schema.tables[table].rows
+    return name, table
