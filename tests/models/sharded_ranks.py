@@ -121,8 +121,8 @@ def loss_of(model: torch.nn.Module, batch: RequestBatch, known: Tensor, world: i
 
 
 def train(settings: Model, rank: int, world: int, autocast: bool = False, sgd: bool = False) -> dict[str, Any]:
-    """Each step's loss, dense gradients and tables, the weights after, and the tables before and after. ``sgd``: the
-    tables' optimizer, instead of row-wise Adagrad."""
+    """Each step's loss and dense gradients, the tables and dense weights after it, and the tables before the first.
+    ``sgd``: the tables' optimizer, instead of row-wise Adagrad."""
     model = build(settings, torch.device("meta"), autocast)
     if sgd:
         apply_optimizer_in_backward(torch.optim.SGD, model.sparse.parameters(), {"lr": TABLES_LR})
@@ -151,10 +151,8 @@ def train(settings: Model, rank: int, world: int, autocast: bool = False, sgd: b
         mean = loss.detach() / world
         dist.all_reduce(mean)
         gradients, tables = clones({n: p.grad for n, p in dense.items()}), clones(full_tables(sharded))
-        result["steps"].append({"loss": mean, "gradients": gradients, "tables": tables})
         optimizer.step()
-    result["tables_after"] = full_tables(sharded)
-    result["dense_after"] = clones(dense)
+        result["steps"].append({"loss": mean, "gradients": gradients, "tables": tables, "dense": clones(dense)})
     return result
 
 
