@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from types import GeneratorType
 from typing import Any, Literal
 
 from roo_ray.config import RaySettings, Training
@@ -59,6 +60,7 @@ import ray  # noqa: E402  (after the environment, on purpose)
 from ray._private import ray_constants  # noqa: E402
 from ray._private.services import get_node_ip_address  # noqa: E402
 from ray.data import DataContext  # noqa: E402
+from ray.data._internal.block_batching.util import iter_threaded  # noqa: E402
 from ray.data._internal.execution.streaming_executor import StreamingExecutor  # noqa: E402
 from ray.util.placement_group import placement_group, remove_placement_group  # noqa: E402
 
@@ -147,15 +149,27 @@ def _is_on_loopback_alone(address: str) -> bool:
     return False
 
 
+_END_SECONDS = 60  # for the threads of what was left in the middle, which may be in a call of Ray
+
+
 def end_iterations() -> None:
-    """Ends what Ray Data still runs for iterations that were left in the middle, after an error say. It runs in threads
-    of this process, and the first of them that calls Ray after its shutdown ends the process with 1; an iteration that
-    is collected later wants Ray for its end, too, and would start another one."""
+    """Ends what Ray Data still runs for iterations that were left in the middle, after an error say, and waits for it.
+    It runs in threads of this process, and the first of them that calls Ray after its shutdown ends the process with
+    1; an iteration that is collected later wants Ray for its end, too, and would start another one."""
     gc.collect()
-    for thread in threading.enumerate():
-        if isinstance(thread, StreamingExecutor):
+    threads = threading.enumerate()
+    executors = [thread for thread in threads if isinstance(thread, StreamingExecutor)]
+    readers = [thread for thread in threads if thread.name == iter_threaded.__name__]
+    for left in gc.get_objects() if readers else ():
+        if isinstance(left, GeneratorType) and left.gi_code is iter_threaded.__code__:
             with suppress(Exception):
-                thread.shutdown(force=True)
+                left.close()  # its threads read no further
+    for executor in executors:
+        with suppress(Exception):
+            executor.shutdown(force=True)  # waits 2 s for its thread, which a busy machine may not give it
+    end = time.monotonic() + _END_SECONDS
+    for thread in [*executors, *readers]:
+        thread.join(max(0.0, end - time.monotonic()))
 
 
 def make_ready(settings: RaySettings, training: Training | None, say: Callable[[str], None]) -> None:
