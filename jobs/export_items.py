@@ -30,7 +30,7 @@ def main() -> None:
             ["checkpoint", checkpoint],
             ["item vectors", done.path],
             ["items", f"{done.items:,}"],
-            ["that share a row of a hashed table", f"{done.sharing:,}"],
+            ["that share a row of their table", f"{done.sharing:,}"],
             ["floats each", f"{done.dim:,}"],
             ["requests read", f"{done.requests:,}"],
             ["impressions read", f"{done.impressions:,}"],

@@ -32,9 +32,10 @@ EmbeddingOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd", "adam", "lamb"
 class ManagedRows(Strict):
     """Which ids have a row of a table that the schema has as ``managed`` (docs/models.md, "Unbounded ids").
 
-    ``policy``: those met in the most steps (``lfu``), last (``lru``), or the former divided by the time since
-    (``distance_lfu``). ``every``: rows are given and taken back every so many steps. ``buffer``: and before, where so
-    many ids wait for it; 8 bytes each.
+    ``every``: rows are given and taken back every so many steps (after 1, 3, 7, ... at a run's beginning).
+    ``policy``: to those met in the most steps (``lfu``), in the last such interval (``lru``), or the former divided by
+    the intervals since the latter (``distance_lfu``). Steps of an id without a row are counted within an interval
+    alone. ``buffer``: an interval ends before its time where so many ids wait; 28 bytes each.
     """
 
     policy: Literal["lfu", "lru", "distance_lfu"] = "distance_lfu"

@@ -26,6 +26,7 @@ from roo_ray.ingest.expected import expected_steps, mean_cost
 from roo_ray.ingest.holdout import select_files
 from roo_ray.models.cost import training_megaflops
 from roo_ray.models.embeddings import lookup_features
+from roo_ray.models.managed import map_bytes
 from roo_ray.models.pooled import pooled_levels
 from roo_ray.models.ranking import make_towers
 from roo_ray.requests.lengths import mean_ids, sequence_shares
@@ -85,7 +86,7 @@ class Shape:
     """What a run does, whatever it runs on. ``steps``: of an epoch; per step over all lanes, in the mean:
     ``requests`` and ``megaflops``; ``full_requests``: of a step with full batches, where there are more;
     ``lookup_bytes``: looked-up embeddings of a request; ``reduced_bytes``: those beside them of row-wise pooled tables,
-    of whose bags every worker sends its part."""
+    of whose bags every worker sends its part; ``map_bytes``: of the maps of managed tables, on every worker."""
 
     steps: int
     requests: float
@@ -97,6 +98,7 @@ class Shape:
     lanes: int
     full_requests: float = 0.0
     reduced_bytes: float = 0.0
+    map_bytes: float = 0.0
     checkpoint_every_steps: int | None = None
     checkpoint_every_minutes: float | None = None
 
@@ -164,6 +166,8 @@ def shape_of(config: Config, manifest: Manifest) -> Shape:
                 table in config.model.embeddings.uvm,
             )
         )
+    settings = config.model.embeddings.managed
+    managed = [table for table in lookup_features(schema) if schema.tables[table].managed]
     with torch.random.fork_rng(devices=[]):
         dense = sum(p.numel() for p in make_towers(schema, config.model).parameters())
     trained = float(sum(file.requests for file in select_files(manifest, config.holdout, "train")))
@@ -178,6 +182,7 @@ def shape_of(config: Config, manifest: Manifest) -> Shape:
         reduced_bytes=reduced,
         tables=tables,
         dense_bytes=float(dense * FLOAT),
+        map_bytes=float(sum(map_bytes(schema.tables[table].rows, settings) for table in managed)),
         epochs=config.training.epochs,
         lanes=ingest.lanes,
         checkpoint_every_steps=config.training.checkpoint_every_steps,
@@ -187,13 +192,13 @@ def shape_of(config: Config, manifest: Manifest) -> Shape:
 
 def memory_of(shape: Shape, workers: int, costs: UnitCosts) -> WorkerMemory:
     """What the fullest worker holds: its tables with their optimizer's state, the dense part with gradients and
-    Adam's two moments, looked-up embeddings with gradients and the exchange's buffer, and what the step's work holds
-    until backward; all of a full batch."""
+    Adam's two moments, the maps of managed tables, looked-up embeddings with gradients and the exchange's buffer, and
+    what the step's work holds until backward; all of a full batch."""
     lanes = math.ceil(shape.lanes / workers) / shape.lanes
     full = max(shape.full_requests, shape.requests)
     lookups = 3 * (shape.lookup_bytes + shape.reduced_bytes * workers) * full * lanes
     work = shape.megaflops * full / shape.requests
-    rest = 4 * shape.dense_bytes + lookups + work * lanes * costs.activation_bytes_per_megaflop
+    rest = 4 * shape.dense_bytes + shape.map_bytes + lookups + work * lanes * costs.activation_bytes_per_megaflop
     return worker_memory(shape.tables.values(), workers, rest)
 
 
@@ -225,8 +230,9 @@ def sent_bytes(shape: Shape, workers: int) -> float:
 
 
 def state_bytes(shape: Shape) -> float:
-    """Of a whole checkpoint: tables with optimizer state, the dense part with Adam's moments."""
-    return sum(table.size for table in shape.tables.values()) + 3 * shape.dense_bytes
+    """Of a whole checkpoint: tables with optimizer state, the dense part with Adam's moments, the maps of managed
+    tables."""
+    return sum(table.size for table in shape.tables.values()) + 3 * shape.dense_bytes + shape.map_bytes
 
 
 def checkpoints_of(shape: Shape, training_s: float, write_s: float) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import torch
 
-from roo_ray.config import Embeddings, Model
+from roo_ray.config import Embeddings, ManagedRows, Model
 from roo_ray.errors import ConfigError
 from roo_ray.models.contract import RequestOnlyModel
 from roo_ray.models.embeddings import lookup_features
@@ -63,6 +63,8 @@ def check_model(schema: Schema, settings: Model, device_type: str) -> list[str]:
     ]
     problems += pooled_problems(schema, [table for table in settings.embeddings.pooled if table in tables])
     notes = unused_keys(settings)
+    if settings.embeddings.managed != ManagedRows() and not any(schema.tables[table].managed for table in tables):
+        notes.append(f"model.embeddings.managed does nothing: schema '{schema.name}' has no table with managed: true")
     try:
         notes += plain_batch_norms(_try_towers(schema, settings))
     except ConfigError as error:

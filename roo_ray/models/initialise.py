@@ -59,8 +59,8 @@ def table_scale(dim: int) -> float:
 
 
 def _blocks(weight: Tensor) -> Iterator[tuple[Tensor, int, int]]:
-    """(local tensor, its first row, its first column) of the parts of a table, or of a vector with an element per row,
-    that this rank holds."""
+    """(local tensor, its first row, its first column) of the parts of a table, or of an optimizer's state of it, that
+    this rank holds."""
     if isinstance(weight, ShardedTensor):
         for shard in weight.local_shards():
             row, *columns = shard.metadata.shard_offsets
@@ -95,29 +95,35 @@ def initialise_tables(module: nn.Module, seed: int) -> None:
 
 @torch.no_grad()
 def begin_rows_anew(
-    module: nn.Module, seed: int, table: str, rows: Tensor, optimizer_state: Mapping[str, Any] | None = None
+    lookup: nn.Module, seed: int, table: str, rows: Tensor, optimizer_state: Mapping[str, Any] | None = None
 ) -> None:
-    """Sets rows (R,) int64 of a table within ``module``, sharded or not, to their initial weights, in place, and to 0
-    what ``optimizer_state`` (parameter name -> its tensors) has of them. Each rank sets the parts that it holds."""
-    for collection in module.modules():
+    """Sets rows (R,) int64 of a table of ``lookup``, the model's ``sparse``, sharded or not, to their initial weights,
+    in place, and to 0 what ``optimizer_state`` (parameter of the model -> its tensors) has of them. Each rank sets the
+    parts that it holds."""
+    for collection in lookup.modules():
         if not isinstance(collection, _COLLECTIONS):
             continue
         for name, weight in collection.state_dict().items():
-            if name.split(".")[1] != table:
-                continue
-            for tensor, first_row, first_column in _blocks(weight):
-                own = _within(rows, first_row, tensor)
+            if name.split(".")[1] == table:
+                parts = list(_blocks(weight))
                 scale = table_scale(_dim(weight))
-                tensor[own] = (_weights_of(seed, table, own + first_row, first_column, tensor.shape[1]) * scale).to(
-                    tensor.dtype
-                )
-    for name, state in (optimizer_state or {}).items():
-        if name.split(".")[-2:] != [table, "weight"]:
+                for tensor, first_row, first_column in parts:
+                    for own in _within(rows, first_row, tensor).split(max(1, _CHUNK // tensor.shape[1])):
+                        block = _weights_of(seed, table, own + first_row, first_column, tensor.shape[1])
+                        tensor[own] = (block * scale).to(tensor.dtype)
+                _forget(optimizer_state or {}, table, rows, parts)
+
+
+def _forget(optimizer_state: Mapping[str, Any], table: str, rows: Tensor, parts: list[tuple[Tensor, int, int]]) -> None:
+    """``parts``: of the table's weights, as ``_blocks`` has them. Those of the state are in their order, and their own
+    offsets are not rows where an accumulator per row and column shard is one long vector."""
+    for name, state in optimizer_state.items():
+        if not (name.startswith("sparse.") and name.split(".")[-2:] == [table, "weight"]):
             continue
         for value in state.values():
             if isinstance(value, Tensor) and value.dim():
-                for tensor, first_row, _ in _blocks(value):
-                    tensor[_within(rows, first_row, tensor)] = 0
+                for (tensor, _, _), (weight, first_row, _) in zip(_blocks(value), parts, strict=True):
+                    tensor[_within(rows, first_row, weight)] = 0
 
 
 def _within(rows: Tensor, first: int, tensor: Tensor) -> Tensor:

@@ -40,9 +40,11 @@ class TableMap(nn.Module):
     """Which id has which row of one table. The last row is that of all ids without one.
 
     Ids met are kept until ``settings.every`` steps have passed, or ``settings.buffer`` ids wait; then those of the
-    highest score get, or keep, the table's rows. Its state is its buffers, all of them in checkpoints.
+    highest score get, or keep, the table's rows. The first intervals are shorter, 1, 2, 4, ... steps: else all ids of a
+    run's beginning would train one row. Its state is its buffers, all of them in checkpoints.
     """
 
+    interval: Tensor
     waiting: Tensor
     waiting_ids: Tensor
     waiting_steps: Tensor
@@ -54,6 +56,7 @@ class TableMap(nn.Module):
         # each of its updates is one of ours: its own interval would leave what it has counted out of checkpoints
         self.map = MCHManagedCollisionModule(rows, device, _POLICIES[settings.policy](), eviction_interval=1)
         self.register_buffer("waiting", torch.zeros(settings.buffer, dtype=torch.int64, device=device))
+        self.register_buffer("interval", torch.ones((), dtype=torch.int64, device=device))
         for name in ("waiting_ids", "waiting_steps", "evicted"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
 
@@ -73,7 +76,7 @@ class TableMap(nn.Module):
             self.waiting[held : held + part.numel()] = part
             held += part.numel()
         self.waiting_steps += 1
-        if int(self.waiting_steps) >= self.every and held:
+        if int(self.waiting_steps) >= int(self.interval) and held:
             changed.append(self._update(held))
             held = 0
         self.waiting_ids.fill_(held)
@@ -85,6 +88,7 @@ class TableMap(nn.Module):
 
     def _update(self, held: int) -> Tensor:
         self.waiting_steps.zero_()
+        self.interval.copy_((2 * self.interval).clamp(max=self.every))
         used = self.rows_used()
         self.map.train()
         self.map._current_iter = -1  # its buffer says it, which a checkpoint may have set
@@ -108,7 +112,7 @@ def _jagged(ids: Tensor) -> JaggedTensor:
 class ManagedIds(nn.Module):
     """The maps of the tables that a schema has as ``managed``; without any it does nothing.
 
-    ``device``: where the maps lie, whole, on every rank: some 40 bytes a row."""
+    ``device``: where the maps lie, whole, on every rank (``map_bytes``)."""
 
     def __init__(self, schema: Schema, settings: ManagedRows, device: torch.device | None = None) -> None:
         super().__init__()
@@ -141,6 +145,14 @@ class ManagedIds(nn.Module):
         ids = batch.request_ids | batch.impression_ids
         found = {t: torch.cat([ids[key].values for key in keys]).unique() for t, keys in self.features.items()}
         return {table: unique[unique != NO_ID] for table, unique in found.items()}
+
+
+def map_bytes(rows: int, settings: ManagedRows) -> int:
+    """Bytes of the map of a table of so many rows, on every rank: an id, a row and what the policy keeps per row; and
+    per waiting id the id, and what TorchRec takes to count them."""
+    policy = _POLICIES[settings.policy]()
+    per_row = 2 + sum(bool(info.is_mch_metadata) for info in policy.metadata_info)
+    return 8 * per_row * rows + 28 * settings.buffer
 
 
 def managed_ids(model: nn.Module) -> ManagedIds | None:

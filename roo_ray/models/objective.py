@@ -22,6 +22,14 @@ def logits_of(model: nn.Module, outputs: Tensor, tasks: int) -> Tensor:
     return outputs if towers is None else towers.scores(outputs).unsqueeze(1).expand(-1, tasks)
 
 
+def item_rows(model: nn.Module, towers: RetrievalTowers, batch: RequestBatch) -> Tensor | None:
+    """(B_NRO,) int64 rows of the items' table; None where they are the batch's ids."""
+    managed = managed_ids(model)
+    if managed is None or towers.table not in managed.features:
+        return None
+    return managed.table(towers.table).rows(batch.impression_ids[towers.item].values)
+
+
 def training_loss(
     model: nn.Module, batch: RequestBatch, task_weights: Tensor, global_weights: Tensor, world_size: int
 ) -> tuple[Tensor, Tensor]:
@@ -33,6 +41,5 @@ def training_loss(
     towers = retrieval_towers(model)
     if towers is None:
         return outputs, ranking_loss(outputs, batch.labels, batch.weights, task_weights, global_weights, world_size)
-    managed = managed_ids(model)
-    loss = retrieval_loss(towers, outputs, managed(batch) if managed else batch, world_size)
+    loss = retrieval_loss(towers, outputs, batch, world_size, item_rows(model, towers, batch))
     return logits_of(model, outputs, len(task_weights)), loss

@@ -55,27 +55,31 @@ def gather_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(result)
 
 
-def retrieval_loss(towers: RetrievalTowers, pairs: Tensor, batch: RequestBatch, world_size: int) -> Tensor:
+def retrieval_loss(
+    towers: RetrievalTowers, pairs: Tensor, batch: RequestBatch, world_size: int, item_rows: Tensor | None = None
+) -> Tensor:
     """``sum_i -log softmax_i / positives * world_size``, a scalar float32; both sums over the global batch.
 
     pairs (B_NRO, 2 D) of ``towers``, for the impressions of ``batch`` (in either form). An impression is a
     positive where its label is 1, and its item is in the pool of negatives where any label of it is known, so
     that a dummy request is in neither. Collective. In training the counts behind logQ are updated first.
+    ``item_rows`` (B_NRO,) int64: the rows of the items' table, where the batch's ids are not.
     """
     users, items = pairs.chunk(2, dim=1)
     user_keys = batch.user_key[batch.request_of_impression()]  # (B_NRO,)
     item_ids = batch.impression_ids[towers.item].values  # (B_NRO,)
     real = (batch.weights > 0).any(dim=1).nonzero().squeeze(1)
-    pool_items, pool_keys = gather_rows(items[real], torch.stack([user_keys[real], item_ids[real]], dim=1))
+    item_rows = item_ids if item_rows is None else item_rows
+    pool_items, pool_keys = gather_rows(items[real], torch.stack([user_keys, item_ids, item_rows], dim=1)[real])
     if towers.training:
-        towers.count_items(pool_keys[:, 1])
+        towers.count_items(pool_keys[:, 2])
 
     chosen = (batch.labels[:, towers.positive] * batch.weights[:, towers.positive] > 0).nonzero().squeeze(1)  # (P,)
     own = towers.scores(pairs[chosen])  # (P,)
     others = users[chosen] @ pool_items.T / towers.temperature  # (P, pool)
     if towers.log_q:
-        own = own - towers.log_frequency(item_ids[chosen])
-        others = others - towers.log_frequency(pool_keys[:, 1])
+        own = own - towers.log_frequency(item_rows[chosen])
+        others = others - towers.log_frequency(pool_keys[:, 2])
     same_user = user_keys[chosen].unsqueeze(1) == pool_keys[:, 0]
     same_item = item_ids[chosen].unsqueeze(1) == pool_keys[:, 1]
     others = others.masked_fill(same_user | same_item, float("-inf"))

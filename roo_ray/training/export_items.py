@@ -22,6 +22,7 @@ from roo_ray.ingest.settings import StreamSettings
 from roo_ray.ingest.tensors import PackedBatches
 from roo_ray.ingest.window import WindowRows, take
 from roo_ray.models.item_index import ItemIndex, ItemVectors
+from roo_ray.models.managed import managed_ids
 from roo_ray.models.objective import retrieval_towers
 from roo_ray.models.ranking import RankingModel
 from roo_ray.requests.manifest import load_manifest
@@ -48,8 +49,8 @@ class ExportedItems:
 
 def export_items(config: Config, named: str, path: str, say: Say) -> ExportedItems:
     """Writes the vectors of all items of the config's data set, as columns ``item`` (the data set's own id), ``row``
-    (of the item's table) and ``vector`` of a Parquet file at ``path`` (local or URI), which appears whole or not at
-    all. A null id is an item without one.
+    (of the item's table; of a managed table the id's hash) and ``vector`` of a Parquet file at ``path`` (local or URI),
+    which appears whole or not at all. A null id is an item without one.
 
     ``named``: a retrieval checkpoint's path or URI. An item whose features vary over impressions has the vector of
     the last of them in stored order. Needs memory for the tables and the index, and no Ray.
@@ -76,9 +77,7 @@ def export_items(config: Config, named: str, path: str, say: Say) -> ExportedIte
         model = _whole_model(folder, schema, state.model)
         index, requests, impressions = _index(model, settings, say)
     _write(index, path)
-    counts = index.ids.unique(return_counts=True)[1]
-    sharing = int(counts[counts > 1].sum())
-    return ExportedItems(path, len(index.ids), sharing, index.vectors.shape[1], requests, impressions)
+    return ExportedItems(path, len(index.ids), _sharing(model, index), index.vectors.shape[1], requests, impressions)
 
 
 def _whole_model(folder: str | Path, schema: Schema, settings: Model) -> RankingModel:
@@ -154,6 +153,18 @@ def _index(model: RankingModel, settings: StreamSettings, say: Say) -> tuple[Ite
         torch.from_numpy(rows)[places], by_number.vectors[places], ids.take(order), towers.item_fingerprint()
     )
     return index, requests, impressions
+
+
+def _sharing(model: RankingModel, index: ItemIndex) -> int:
+    """Items of the index whose row of the table is another item's too: ids that collide in a hashed table, ids without
+    a row of their own in a managed one."""
+    towers, managed = retrieval_towers(model), managed_ids(model)
+    assert towers is not None
+    if managed is not None and towers.table in managed.features:
+        of = managed.table(towers.table)
+        return int((of.rows(index.ids) == of.num_rows - 1).sum())
+    counts = index.ids.unique(return_counts=True)[1]
+    return int(counts[counts > 1].sum())
 
 
 def _write(index: ItemIndex, path: str) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from roo_ray.ingest.batch import RequestBatch
-from roo_ray.models.embeddings import without_future_events
+from roo_ray.models.embeddings import EmbeddingLookup, without_future_events
 from roo_ray.models.initialise import begin_rows_anew
 from roo_ray.models.managed import managed_ids
 from roo_ray.models.objective import retrieval_towers
@@ -23,15 +24,22 @@ def meet_ids(model: ShardedModel, schema: Schema, batch: RequestBatch, seed: int
     managed = managed_ids(model.module)
     if managed is None:
         return
+    lookup = next(module for module in model.module.modules() if isinstance(module, EmbeddingLookup))
     towers = retrieval_towers(model.module)
-    for table, own in managed.distinct(without_future_events(batch, schema)).items():
-        (every,) = gather_rows(own)
-        changed = managed.table(table).meet(every.unique())
+    own = managed.distinct(without_future_events(batch, schema))
+    # of all tables at once, each id with its table's number: (U, 2)
+    (every,) = gather_rows(torch.cat([_numbered(ids, number) for number, ids in enumerate(own.values())]))
+    for number, table in enumerate(own):
+        changed = managed.table(table).meet(every[every[:, 1] == number, 0].unique())
         if not changed.numel():
             continue
-        begin_rows_anew(model.module, seed, table, changed, model.optimizer.state_dict()["state"])
+        begin_rows_anew(lookup, seed, table, changed, model.optimizer.state_dict()["state"])
         if towers is not None and towers.table == table:
             towers.forget_items(changed)
+
+
+def _numbered(ids: Tensor, number: int) -> Tensor:
+    return torch.stack([ids, torch.full_like(ids, number)], dim=1)
 
 
 def id_metrics(model: torch.nn.Module) -> dict[str, float]:

@@ -17,8 +17,7 @@ from roo_ray.errors import TrainingDiverged
 from roo_ray.ingest.batch import RequestBatch
 from roo_ray.ingest.stream import Step
 from roo_ray.models.losses import ranking_loss, task_loss_sums
-from roo_ray.models.managed import managed_ids
-from roo_ray.models.objective import logits_of, retrieval_towers
+from roo_ray.models.objective import item_rows, logits_of, retrieval_towers
 from roo_ray.models.retrieval import retrieval_loss
 from roo_ray.schema import Schema
 from roo_ray.training.agreement import Agreement, Flags, agree, lanes_alive
@@ -121,8 +120,8 @@ class Trainer:
         """(retrieval's loss, None of a ranking model; whether this rank's loss is finite)."""
         towers = retrieval_towers(self.model.module)
         if towers is not None:
-            managed = managed_ids(self.model.module)
-            loss = retrieval_loss(towers, outputs, managed(batch) if managed else batch, self.world)
+            rows = item_rows(self.model.module, towers, batch)
+            loss = retrieval_loss(towers, outputs, batch, self.world, rows)
             # one rank's vectors are the others' negatives: all losses may be NaN, and its own vectors tell whose
             return loss, bool(torch.isfinite(outputs).all() & torch.isfinite(loss.detach()))
         sums = task_loss_sums(logits.detach(), batch.labels, batch.weights)

@@ -279,6 +279,14 @@ def test_the_shape_of_a_run_on_real_shards(tmp_path: Path) -> None:
         apart = exchanged_bytes(rows, workers) - exchanged_bytes(replace(rows, reduced_bytes=0.0), workers)
         lanes = -(-rows.lanes // workers) / rows.lanes
         assert apart == pytest.approx(2 * embedding * rows.requests * lanes * (workers - 1))
+    assert shape.map_bytes == 0
+    managed = schema.to_yaml().replace("hash: true", "managed: true")
+    (tmp_path / "managed.yaml").write_text(managed)
+    options = [f"schema={tmp_path}/managed.yaml", "model.embeddings.managed={policy: lfu, buffer: 1000}"]
+    maps = shape_of(load_config(tmp_path / "config.yaml", options), manifest)
+    hashed = [table.rows for table in schema.tables.values() if table.hash]
+    assert maps.map_bytes == sum(3 * 8 * rows + 28 * 1000 for rows in hashed) > 0
+    assert memory_of(maps, 8, COSTS).rest == memory_of(shape, 8, COSTS).rest + maps.map_bytes
     done = size(tmp_path, "--workers", "1,2,4,99", "--deadline", "10h", config="config.yaml")
     assert done.returncode == EXIT_OK, done.stderr
     assert "12% off in the mean and 31% at most" in " ".join(done.stdout.split())

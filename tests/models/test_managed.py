@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -15,7 +17,6 @@ from roo_ray.models.initialise import begin_rows_anew, initialise_tables
 from roo_ray.models.managed import ManagedIds, TableMap
 from roo_ray.models.objective import training_loss
 from roo_ray.models.ranking import RankingModel
-from roo_ray.models.retrieval import retrieval_loss
 from roo_ray.schema import Schema, parse_schema
 from tests.models.batches import SCHEMA, random_batch
 from tests.models.sharded_ranks import MODELS
@@ -75,16 +76,14 @@ def test_who_is_met_more_keeps_its_row_under_lfu_and_who_was_met_last_under_lru(
     assert kept == {"lfu": [True, True, False, False], "lru": [False, False, True, True]}
 
 
-def test_rows_are_given_every_so_many_steps_or_when_the_buffer_is_full() -> None:
-    of, ids = _map(20, every=3, buffer=5), torch.arange(1, 4)
-    assert of.meet(ids).numel() == 0
-    assert of.rows_used() == 0
-    assert of.meet(ids + 10).numel() == 5  # six would wait where five can: the first five get rows
-    assert of.rows(ids).max() < 19
-    assert (of.rows(ids + 10) == 19).tolist() == [False, False, True]
-    assert of.meet(ids[:0]).numel() == 0
-    assert of.meet(ids[:0]).numel() == 1  # the third step since
-    assert of.rows_used() == 6
+def test_rows_are_given_every_so_many_steps_sooner_at_first_or_when_the_buffer_is_full() -> None:
+    of = _map(20, every=3, buffer=5)
+    given = [of.meet(torch.tensor([100 + step])).numel() for step in range(9)]
+    assert given == [1, 0, 2, 0, 0, 3, 0, 0, 3]
+    assert of.meet(torch.arange(1, 8)).numel() == 5  # seven would wait where five can
+    assert (of.rows(torch.arange(1, 8)) == 19).tolist() == [False] * 5 + [True] * 2
+    assert [of.meet(torch.tensor([], dtype=torch.int64)).numel() for _ in range(2)] == [0, 2]
+    assert of.rows_used() == 16
 
 
 def test_its_state_is_all_in_its_buffers() -> None:
@@ -147,33 +146,62 @@ def test_rows_begin_anew_with_their_initial_weights_and_no_state() -> None:
     first = weight.detach().clone()
     with torch.no_grad():
         weight.fill_(9.0)
-    state = {name: {"item.momentum1": torch.ones(50), "step": torch.tensor(3.0)}, "dense.x": {"m": torch.ones(50)}}
-    begin_rows_anew(model, 3, "item", torch.tensor([4, 30]), state)
+    state = {name: {"item.momentum1": torch.ones(50), "step": torch.tensor(3.0)}}
+    state["dense.towers.item.weight"] = {"exp_avg": torch.ones(50)}  # a team's own, by chance of that name
+    begin_rows_anew(model.sparse, 3, "item", torch.tensor([4, 30]), state)
     changed = torch.zeros(50, dtype=torch.bool)
     changed[[4, 30]] = True
     assert torch.equal(weight[changed], first[changed])
     assert bool((weight[~changed] == 9).all())
     assert state[name]["item.momentum1"].tolist() == (~changed).float().tolist()
-    assert state["dense.x"]["m"].min() == 1
+    assert state["dense.towers.item.weight"]["exp_avg"].min() == 1
     assert state[name]["step"] == 3
 
 
-def test_retrieval_counts_items_by_row_and_from_none_where_a_row_changes_hands() -> None:
+def test_retrieval_tells_items_without_a_row_apart() -> None:
+    """They share a row, and are each other's negatives all the same: a run's first steps would train nothing."""
     of = managed_schema()
     model = RankingModel(of, MODELS["retrieval"])
-    towers, managed = model.dense, model.sparse.managed
-    batch = random_batch(of, [3, 1], 1)
-    managed.table("item").waiting_steps.fill_(99)  # the interval's last step
-    managed.table("item").meet(managed.distinct(batch)["item"])
-    rows = managed(batch)
-    retrieval_loss(towers, model(batch), rows, 1)
-    seen = int((batch.weights > 0).any(dim=1).sum())
-    assert int(towers.items_seen) == int(towers.item_counts.sum()) == seen > 1
-    gone = rows.impression_ids["item"].values[:1]
-    count = int(towers.item_counts[gone])
-    towers.forget_items(gone)
-    assert int(towers.item_counts[gone]) == 0
-    assert int(towers.items_seen) == seen - count
+    initialise_tables(model, 0)
+    batch = random_batch(of, [3, 1, 4], 1, known=1.0)
+    batch = replace(batch, labels=torch.ones_like(batch.labels))
+    assert len(model.sparse.managed(batch).impression_ids["item"].values.unique()) == 1
+    _, loss = training_loss(model, batch, torch.ones(2), torch.ones(2), 1)
+    loss.backward()
+    assert float(loss) > 0
+    assert float(model.dense.item_tower.output.weight.grad.abs().sum()) > 0
+
+
+def test_retrieval_counts_items_by_row_from_when_a_row_got_its_item() -> None:
+    towers = RankingModel(managed_schema(), MODELS["retrieval"]).dense
+    rows, last = torch.tensor([4] * 10 + [5] * 20), torch.tensor([49] * 70)
+    towers.count_items(torch.cat([rows, last]))
+    assert int(towers.items_seen) == 100
+    assert int(towers.item_counts.sum()) == 30  # the last row is no item's
+    of = torch.tensor([4, 5, 6, 49])
+    expected = torch.tensor([11, 21, 1, 1]) / (100 + 50)
+    torch.testing.assert_close(towers.log_frequency(of).exp(), expected)
+    towers.forget_items(torch.tensor([5]))
+    torch.testing.assert_close(towers.log_frequency(of[:2]).exp(), torch.tensor([11 / 150, 1 / 50]))
+    towers.count_items(torch.tensor([5] * 30 + [4] * 10))
+    torch.testing.assert_close(towers.log_frequency(of[:2]).exp(), torch.tensor([21 / 190, 31 / 90]))
+
+
+def test_the_loss_counts_by_row() -> None:
+    of = managed_schema()
+    model = RankingModel(of, MODELS["retrieval"])
+    batch = random_batch(of, [3, 1], 1, known=1.0)
+    of_items = model.sparse.managed.table("item")
+    of_items.meet(model.sparse.managed.distinct(batch)["item"])
+    training_loss(model, batch, torch.ones(2), torch.ones(2), 1)
+    rows = of_items.rows(batch.impression_ids["item"].values)
+    assert torch.equal(model.dense.item_counts, torch.bincount(rows, minlength=50))
+
+
+def test_what_managed_rows_cannot_do_anything_for_is_said() -> None:
+    settings = Model.model_validate({"embeddings": {"managed": {"every": 10}}})
+    assert any("managed does nothing" in line for line in check_model(parse_schema(SCHEMA), settings, "cpu"))
+    assert not any("managed" in line for line in check_model(managed_schema(), settings, "cpu"))
 
 
 def test_uvm_is_refused_for_a_managed_table() -> None:

@@ -44,11 +44,11 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
 
 
 def sharded_model(
-    embeddings: Embeddings | None = None, of: Schema | None = None, towers: str | None = None
+    embeddings: Embeddings | None = None, of: Schema | None = None, towers: str | None = None, kind: str = MODEL.kind
 ) -> ShardedModel:
     """A sharded model with seeded weights."""
     torch.manual_seed(0)
-    settings = MODEL.model_copy(update={"embeddings": embeddings or Embeddings(), "towers": towers})
+    settings = MODEL.model_copy(update={"embeddings": embeddings or Embeddings(), "towers": towers, "kind": kind})
     model = RankingModel(of or schema(), settings, sparse_device=torch.device("meta"))
     return shard(
         model, TRAINING, torch.device("cpu"), batch_requests=4, ids_per_request={}, embeddings=settings.embeddings

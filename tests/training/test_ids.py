@@ -3,18 +3,26 @@ checkpoint in the middle of an interval."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from roo_ray.config import Embeddings, ManagedRows
 from roo_ray.ingest.batch import RequestBatch, dummy_batch
+from roo_ray.ingest.stream import NO_COUNTS, Step
 from roo_ray.models.managed import managed_ids
 from roo_ray.training import checkpoint
+from roo_ray.training.agreement import Flags
 from roo_ray.training.checkpoint import RunState
+from roo_ray.training.clock import TrainingClock
 from roo_ray.training.ids import id_metrics, meet_ids
 from roo_ray.training.sharding import ShardedModel
+from roo_ray.training.steps import Trainer
+from roo_ray.training.timing import StepTimes
 from tests.models.batches import random_batch
 from tests.models.test_managed import managed_schema
 from tests.training.ranks import MODEL, full_weights, one_rank, run_ranks, sharded_model, train_steps
@@ -88,6 +96,39 @@ def test_a_run_goes_on_from_a_checkpoint_on_another_number_of_ranks(one: dict[st
     _assert_same_run(one | {"losses": one["losses"][3:]}, gone_on)
 
 
+def _state_of_new_rows(rank: int, world: int, kind: str) -> list[int]:
+    """Per change: how much of the optimizer's state of rows that went to another id is not 0, on this rank."""
+    of, left = managed_schema(), []
+    managed = ManagedRows(policy="lru", every=1)
+    model = sharded_model(
+        Embeddings.model_validate({"managed": managed, "sharding": {"item": kind}, "pooled": ["tag"]}), of
+    )
+    table = managed_ids(model.module).table("item")
+    ids = torch.arange(1, 200)
+    for step in range(5):
+        before = table.rows(ids)
+        meet_ids(model, of, RequestBatch.concat(_lanes(step)[rank::world]), seed=0)
+        now = table.rows(ids)
+        changed = torch.cat([before, now])[(before != now).repeat(2)].unique()
+        changed = changed[changed < 49]
+        assert len(changed)
+        (state,) = [v for name, v in model.optimizer.state_dict()["state"].items() if name.endswith("item.weight")]
+        ((shard,),) = [value.local_shards() for value in state.values()]
+        first = 0 if kind == "column_wise" else shard.metadata.shard_offsets[0]
+        here = changed[(changed >= first) & (changed < first + shard.tensor.shape[0])] - first
+        assert len(here)
+        left.append(int(shard.tensor[here].count_nonzero()))
+        train_steps(model, rank, world, range(step, step + 1), of=of, lanes_of=_lanes)
+        assert int(shard.tensor.count_nonzero())
+    return left
+
+
+@pytest.mark.parametrize("kind", ["column_wise", "row_wise"])
+def test_the_optimizer_state_of_every_shard_begins_anew(kind: str) -> None:
+    """A column-wise table has an accumulator per row and shard, one after the other in a long vector."""
+    assert run_ranks(2, _state_of_new_rows, kind) == [[0] * 5] * 2
+
+
 def test_a_row_that_gets_another_id_begins_anew_with_its_optimizer_state() -> None:
     of, retrained = managed_schema(), 0
     with one_rank():
@@ -126,5 +167,59 @@ def test_events_at_or_after_the_request_are_not_met() -> None:
         batch = random_batch(of, [2, 1], seed=1, empty_history=0.0)
         times = {"history": torch.full_like(batch.sequence_time["history"], 2e9)}
         meet_ids(model, of, RequestBatch(**{**vars(batch), "sequence_time": times}), seed=0)
-        met = managed_ids(model.module).table("item")
-        assert set(met.waiting[: int(met.waiting_ids)].tolist()) == set(batch.impression_ids["item"].values.tolist())
+        met = managed_ids(model.module).table("item").rows(torch.arange(200)) < 49
+        assert set(met.nonzero().flatten().tolist()) == set(batch.impression_ids["item"].values.tolist())
+
+
+def _steps(rank: int, world: int, count: int, bad: int) -> Iterator[Step]:
+    """The rank's steps; at step ``bad`` a request of the last rank has a feature that is not finite."""
+    for step in range(count):
+        mine = _lanes(step)[rank::world]
+        batch = RequestBatch.concat(mine)
+        if step == bad and rank == world - 1:
+            dense = batch.request_dense.clone()
+            dense[0, 0] = float("nan")
+            batch = replace(batch, request_dense=dense)
+        yield Step(batch, len(mine), len(batch.num_impressions), batch.total_impressions, 0.0, NO_COUNTS | {"cost": 1})
+    while True:
+        yield Step(dummy_batch(managed_schema()), 0, 0, 0, 0.0, NO_COUNTS)
+
+
+def _retrieval_run(rank: int, world: int, bad: int) -> dict[str, Any]:
+    """What the trainer does with a managed table of items, of which every loss is taken."""
+    model = sharded_model(EMBEDDINGS, managed_schema(), kind="retrieval")
+    trainer = Trainer(
+        model=model,
+        schema=managed_schema(),
+        seed=0,
+        task_weights=torch.ones(2),
+        rank=rank,
+        world=world,
+        exploded=False,
+        skips=True,
+        says=lambda taken: Flags(),
+        clock=TrainingClock(None),
+        names=lambda step: [],
+    )
+    losses, used = [], []
+    for taken in trainer.steps(_steps(rank, world, 5, bad), torch.device("cpu"), StepTimes(torch.device("cpu"))):
+        loss = torch.zeros(()) if taken.loss is None else taken.loss
+        dist.all_reduce(loss)
+        losses.append(float(loss))
+        used.append(id_metrics(model.module)["ids/item/rows_used"])
+    seen = next(int(value) for name, value in model.module.state_dict().items() if name.endswith("items_seen"))
+    return {"losses": losses, "used": used, "seen": seen, "weights": full_weights(model)}
+
+
+def test_the_trainer_feeds_the_maps_and_trains_retrieval_from_the_first_step_on() -> None:
+    """On 1 rank and on 2. A batch that is left out was met, and not counted for logQ."""
+    alone, (first, second) = run_ranks(1, _retrieval_run, 2)[0], run_ranks(2, _retrieval_run, 2)
+    assert first["used"] == second["used"] == alone["used"]
+    assert 0 < alone["used"][0] == alone["used"][1] < alone["used"][2]  # the third is left out
+    assert [loss > 0 for loss in alone["losses"]] == [True, True, False, True, True]
+    torch.testing.assert_close(torch.tensor(first["losses"]), torch.tensor(alone["losses"]), rtol=1e-4, atol=1e-5)
+    impressions = [sum(lane.weights.any(dim=1).sum() for lane in _lanes(step)) for step in (0, 1, 3, 4)]
+    assert first["seen"] == alone["seen"] == int(sum(impressions))
+    for name, value in alone["weights"].items():
+        if "managed" in name:
+            assert torch.equal(value, first["weights"][name]), name

@@ -42,6 +42,8 @@ def _train(rank: int, world: int, bad: int | None, skips: bool, counts: tuple[in
     says = [Flags(checkpoint=rank == 0 and step == 2, evicted=rank == 1 and step == 3) for step in range(9)]
     trainer = Trainer(
         model=model,
+        schema=schema(),
+        seed=0,
         task_weights=task_weights,
         rank=rank,
         world=world,

@@ -28,6 +28,7 @@ class RetrievalTowers(RequestOnlyModel):
 
     item_counts: Tensor
     items_seen: Tensor
+    seen_before: Tensor
 
     def __init__(self, schema: Schema, settings: Model) -> None:
         super().__init__()
@@ -41,6 +42,9 @@ class RetrievalTowers(RequestOnlyModel):
         self.item_tower = ItemTower(settings.user_dim, schema, settings)
         self.register_buffer("item_counts", torch.zeros(schema.tables[self.table].rows, dtype=torch.int64))
         self.register_buffer("items_seen", torch.zeros((), dtype=torch.int64))
+        self.managed = schema.tables[self.table].managed
+        if self.managed:  # rows change hands: what had been seen when each got its item
+            self.register_buffer("seen_before", torch.zeros_like(self.item_counts))
 
     def user_side(self, inputs: ModelInputs) -> UserState:
         """``user`` (B_RO, D), of length 1."""
@@ -51,20 +55,26 @@ class RetrievalTowers(RequestOnlyModel):
         items = functional.normalize(at_least_float32(self.item_tower(inputs)), dim=1)
         return torch.cat([user.vectors["user"], items], dim=1)
 
-    def count_items(self, items: Tensor) -> None:
-        """Counts the impressions of a global batch by their items (M,) int64."""
-        self.item_counts.index_add_(0, items, torch.ones_like(items))
-        self.items_seen += items.numel()
+    def count_items(self, rows: Tensor) -> None:
+        """Counts the impressions of a global batch by the rows (M,) int64 of their items. Of a managed table's last
+        row, which is that of all items without one, nothing is counted."""
+        self.items_seen += rows.numel()
+        rows = rows[rows < self.item_counts.numel() - 1] if self.managed else rows
+        self.item_counts.index_add_(0, rows, torch.ones_like(rows))
 
     def forget_items(self, rows: Tensor) -> None:
-        """Counts from none again for rows (R,) int64 of the items' table, which have got other items."""
-        self.items_seen -= self.item_counts[rows].sum()
+        """Counts anew for rows (R,) int64 of a managed table, which have got other items."""
         self.item_counts[rows] = 0
+        self.seen_before[rows] = self.items_seen
 
-    def log_frequency(self, items: Tensor) -> Tensor:
+    def log_frequency(self, rows: Tensor) -> Tensor:
         """Logarithm of the items' share of all impressions counted: (M,) int64 -> (M,) float32. Its cost is that of
-        ``items``, not of the table."""
-        counts = self.item_counts.index_select(0, items).double()
+        ``rows``, not of the table. In a managed table the share is of those since the row got its item, and begins at
+        that of one item in as many as there are rows."""
+        counts = self.item_counts.index_select(0, rows).double()
+        if self.managed:
+            seen = self.items_seen - self.seen_before.index_select(0, rows)
+            return torch.log((counts + 1) / (seen + self.item_counts.numel())).float()
         return torch.log(counts.clamp(min=1) / self.items_seen.clamp(min=1)).float()
 
     def item_fingerprint(self) -> str:
