@@ -196,12 +196,18 @@ class Evaluation(Strict):
     scores: DataPath | None = None
 
 
+def _model_name(value: str) -> str:
+    if re.search(r"""[/:'"]""", value) or not value.strip():
+        raise ValueError(f"'{value}' is no name of a registered model: write it without / : ' and \"")
+    return value
+
+
 class Serving(Strict):
     """``log_model``: log the trained model as an MLflow model that scores one request in a plain process.
     ``register_as``: the name to register it under in MLflow's model registry."""
 
     log_model: bool = True
-    register_as: str | None = None
+    register_as: Annotated[str, AfterValidator(_model_name)] | None = None
 
 
 class Incremental(Strict):

@@ -36,6 +36,15 @@ def test_overrides_reach_sections_and_are_validated() -> None:
         load_config(ROOT / "configs/demo.yaml", ["model.heads=5"])
 
 
+@pytest.mark.parametrize("name", ["it's", "a/b", "models:x", 'a"b', " "])
+def test_a_model_is_registered_under_a_name_that_the_registry_takes(name: str) -> None:
+    """A quote would break what MLflow is asked for when the run is already done."""
+    demo = ROOT / "configs/demo.yaml"
+    assert load_config(demo, ["serving.register_as=main.models.clicks v2"]).serving.register_as
+    with pytest.raises(ConfigError, match=r"serving.register_as: '.*' is no name of a registered model"):
+        load_config(demo, [f"serving.register_as={json.dumps(name)}"])
+
+
 def test_names_of_runs_are_plain() -> None:
     """They are folders, and stand in quotes in what MLflow is asked."""
     demo = ROOT / "configs/demo.yaml"
