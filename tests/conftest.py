@@ -17,9 +17,12 @@ from hypothesis import HealthCheck, settings
 from roo_ray import session
 from roo_ray.config import RaySettings
 
-# time is no property: a busy machine must not fail a test
-settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("any machine")
+# Time is no property: a busy machine must not fail a test. The examples are the same in every run, so that a failure
+# comes from a change; `pytest --hypothesis-profile explore` tries others.
+anywhere = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("the same", anywhere, derandomize=True)
+settings.register_profile("explore", anywhere, max_examples=200)
+settings.load_profile("the same")
 
 ROOT = Path(__file__).parents[1]
 EBNERD = ROOT.parent / "shared" / "data" / "ebnerd"
