@@ -5,13 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which torch's compiler does where it is there
-
-settings.register_profile("no deadline", deadline=None)  # a loaded machine is no failure
-settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="package", autouse=True)
