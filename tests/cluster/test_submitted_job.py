@@ -9,6 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,14 @@ def head() -> Iterator[Head]:
         yield head
 
 
-def until(what: str, question: Callable[[], Any], seconds: float = 150) -> Any:
-    """The first true answer; fails after so many seconds."""
+def until(what: str, question: Callable[[], Any], seconds: float = 150, log: Callable[[], str] = str) -> Any:
+    """The first true answer; fails after so many seconds, with the end of what ``log`` then says."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if answer := question():
             return answer
         time.sleep(0.3)
-    raise AssertionError(f"not within {seconds} s: {what}")
+    raise AssertionError(f"not within {seconds} s: {what}\n{log()[-5000:]}")
 
 
 def job_client(head: Head) -> JobSubmissionClient | None:
@@ -149,7 +150,10 @@ def test_a_submitted_run_scales_up_stops_with_a_checkpoint_and_goes_on(
 
     submit_too("wrong", "jobs/train.py", "--config", uri, "training.epoch=1")
     submit_too("second", *arguments, f"training.epochs={state.epoch + 1}")
-    until("the run goes on to its end", lambda: client.get_job_status("second") in done)
+    ended = partial(lambda name: client.get_job_status(name) in done, "second")
+    until(
+        "the run goes on to its end", ended, 400, lambda: client.get_job_logs("second")
+    )  # it may wait 200 s for nodes
     log = client.get_job_logs("second")
     assert client.get_job_status("second") == JobStatus.SUCCEEDED, log[-3000:]
     assert f"resumed after epoch {state.epoch}, step {step}" in log

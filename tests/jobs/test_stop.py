@@ -85,7 +85,9 @@ def test_workers_that_are_slow_to_begin(local_ray: None, tmp_path: Path) -> None
 @pytest.mark.timeout(600)
 def test_within_an_evaluation(local_ray: None, tmp_path: Path) -> None:
     """Nothing that was trained on is lost, nor trained on again."""
-    held_out = ("holdout.days=2", "source.requests=6000", "source.history_length=200", "ingest.batch_impressions=32")
+    # an evaluation of far more than the 5 s after which it says how far it is, on a quick machine too
+    held_out = ("source.days=8", "holdout.days=7", "source.requests=24000", "source.history_length=200")
+    held_out += ("ingest.batch_impressions=32",)
     config = small_config(tmp_path, *ONE, *held_out)
     prepare(config, "build", quiet)
     steps: list[str] = []
@@ -112,5 +114,5 @@ def test_within_an_evaluation(local_ray: None, tmp_path: Path) -> None:
     assert any(f"resumed after epoch 0, step {len(steps)} (within an epoch)" in line for line in lines)
     assert not any("  step " in line for line in lines)
     assert read_state(result.checkpoint).step == len(steps)
-    assert result.metrics["epoch/requests"] + result.metrics["eval/requests"] == 6000
+    assert result.metrics["epoch/requests"] + result.metrics["eval/requests"] == 24000
     assert statuses(config, "stopped") == ["FINISHED"]
