@@ -26,6 +26,7 @@ from roo_ray.errors import ClusterError
 # Why each: docs/architecture.md, "Ray settings". A value set by the user wins.
 ENVIRONMENT = {
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
+    "RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "60",
     "RAY_num_workers_soft_limit": "10",
     "RAY_worker_maximum_startup_concurrency": "8",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
