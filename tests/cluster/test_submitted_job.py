@@ -89,7 +89,6 @@ def nodes_for(role: str, client: JobSubmissionClient) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_a_submitted_run_scales_up_stops_with_a_checkpoint_and_goes_on(
     head: Head, mlflow_server: Server, tmp_path: Path
