@@ -26,11 +26,9 @@ from roo_ray.config import Incremental, load_config
 from roo_ray.grace import GRACE_VARIABLE
 from roo_ray.training.tracking import COMMIT_VARIABLE
 from tests.cluster.heads import ROOT
+from tests.cluster.manifests import CLUSTER, LAUNCHERS, MANIFESTS
 
-CLUSTER = ROOT / "cluster"
 CRDS = ROOT.parent / "shared" / "schemas" / "kuberay"
-LAUNCHERS = [CLUSTER / "aws.yaml", CLUSTER / "gcp.yaml"]
-MANIFESTS = sorted((CLUSTER / "kuberay").glob("*.yaml"))
 DOCKERFILES = [*sorted(CLUSTER.glob("Dockerfile.*")), CLUSTER / "mlflow/Dockerfile"]
 LOCKS = sorted(CLUSTER.glob("requirements-*.txt"))
 

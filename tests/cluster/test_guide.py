@@ -12,7 +12,8 @@ from roo_ray.cluster.places import build_reads
 from roo_ray.cluster.price_files import read_prices
 from roo_ray.config import load_config
 from tests.cluster.heads import ROOT
-from tests.cluster.test_files import LAUNCHERS, MANIFESTS, guides_config
+from tests.cluster.manifests import LAUNCHERS, MANIFESTS
+from tests.cluster.test_files import guides_config
 
 KUBERNETES = (ROOT / "docs/kubernetes.md").read_text()
 # of KubeRay 1.7 (ray-operator/pkg/features): on by default; what else a kind or a field needs

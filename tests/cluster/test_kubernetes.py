@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.cluster.heads import ROOT
-from tests.cluster.test_files import CLUSTER, MANIFESTS
+from tests.cluster.manifests import CLUSTER, MANIFESTS, groups
 
 POOL = "roo-ray/pool"
 GPU = "nvidia.com/gpu"
@@ -95,16 +95,11 @@ def gke_pools() -> dict[str, list[Pool]]:
 def pods() -> list[tuple[str, dict[str, Any], int]]:
     """(pool, pod, how many at most) of all manifests."""
     found = []
-    for path in MANIFESTS:
-        spec = yaml.safe_load(path.read_text())["spec"]
-        spec = spec.get("jobTemplate", spec)
-        cluster = spec.get("rayClusterSpec", spec)
-        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
-            pod = group["template"]["spec"]
-            kept = group["template"]["metadata"]["annotations"]
-            assert kept["karpenter.sh/do-not-disrupt"] == "true"
-            assert kept["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false"
-            found.append((group.get("groupName", "head"), pod, group.get("maxReplicas", 1)))
+    for _, group in groups():
+        kept = group["template"]["metadata"]["annotations"]
+        assert kept["karpenter.sh/do-not-disrupt"] == "true"
+        assert kept["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false"
+        found.append((group.get("groupName", "head"), group["template"]["spec"], group.get("maxReplicas", 1)))
     for item in yaml.safe_load_all((CLUSTER / "mlflow/kubernetes.yaml").read_text()):
         if item["kind"] in ("StatefulSet", "Deployment"):
             found.append(("head", item["spec"]["template"]["spec"], 1))

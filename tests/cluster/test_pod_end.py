@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import ray
-import yaml
 from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 
-from tests.cluster.test_files import MANIFESTS
+from tests.cluster.manifests import groups
 
 NAME = "RayTrainWorker"
 PROCESS = """
@@ -33,17 +32,13 @@ time.sleep(60)
 def hooks() -> list[list[str]]:
     """The command of each manifest's trainers; no other pod has one."""
     found = []
-    for path in MANIFESTS:
-        spec = yaml.safe_load(path.read_text())["spec"]
-        spec = spec.get("jobTemplate", spec)
-        cluster = spec.get("rayClusterSpec", spec)
-        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
-            pod: dict[str, Any] = group["template"]["spec"]
-            hook = pod["containers"][0].get("lifecycle")
-            assert (hook is not None) == (group.get("groupName") == "trainer"), path
-            if hook is not None:
-                found.append(hook["preStop"]["exec"]["command"])
-                assert pod["terminationGracePeriodSeconds"] >= 120  # the hook's time is a part of it
+    for path, group in groups():
+        pod: dict[str, Any] = group["template"]["spec"]
+        hook = pod["containers"][0].get("lifecycle")
+        assert (hook is not None) == (group.get("groupName") == "trainer"), path
+        if hook is not None:
+            found.append(hook["preStop"]["exec"]["command"])
+            assert pod["terminationGracePeriodSeconds"] >= 120  # the hook's time is a part of it
     return found
 
 
