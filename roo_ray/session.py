@@ -66,6 +66,7 @@ from ray.data._internal.execution.streaming_executor import StreamingExecutor  #
 from ray.util.placement_group import placement_group, remove_placement_group  # noqa: E402
 
 SECONDS_FOR_RESOURCES_TO_COME_BACK = 10.0
+SECONDS_TO_HOLD_NODES = 2.0  # longer than an autoscaler takes from looking at idle nodes to ending them
 PLACING = "roo_ray.placing"
 
 
@@ -175,11 +176,15 @@ def end_iterations() -> None:
 
 def make_ready(settings: RaySettings, training: Training | None, say: Callable[[str], None]) -> None:
     """Waits for the nodes of the trainers, if any, and of the data tasks, where the cluster is autoscaled
-    (``wait_for_nodes_s``). Raises ClusterError where they do not fit."""
+    (``wait_for_nodes_s``). Raises ClusterError where they do not fit.
+
+    What came there is not looked at again: a node may go at once, and then Ray Train and Ray Data ask for another.
+    """
     workers, gpu = (training.least_workers, training.gpu) if training else (0, False)
     if "RAY_ADDRESS" in os.environ and settings.wait_for_nodes_s:
         wait_for_nodes(settings, workers, gpu, say)
-    require_resources(settings, workers, gpu)
+    else:
+        require_resources(settings, workers, gpu)
 
 
 @contextmanager
@@ -305,10 +310,17 @@ def wait_for_nodes(
 
 
 def _come(bundles: list[dict[str, float]], labels: list[dict[str, str]], seconds: float) -> bool:
-    """Asks for places, and whether they are there and free within so many seconds."""
+    """Asks for places, and whether they are there and free within so many seconds.
+
+    Held for a moment: the autoscaler may just have decided to end a node that was idle, and asks it whether it is.
+    Their idle time begins anew after it.
+    """
     group = placement_group(bundles, bundle_label_selector=labels if any(labels) else None)
     try:
-        return bool(group.wait(max(seconds, 1)))
+        came = bool(group.wait(max(seconds, 1)))
+        if came:
+            time.sleep(SECONDS_TO_HOLD_NODES)
+        return came
     finally:
         remove_placement_group(group)
 

@@ -77,6 +77,6 @@ class Waiting:
         return (
             f"no worker has run for {silent:.0f} s (ray.wait_for_workers_s={settings.wait_for_workers_s:g}): the job "
             f"waits for {number} of {bundle}{where}, and the cluster has {there}room for {room}, with {free} free on "
-            f"all nodes together{other}. See ray status on the head: no such node may come, or other jobs hold them. "
-            f"{self.then}"
+            f"all nodes together{other}. See ray status on the head: no such node may come, the cluster's max_workers "
+            f"be reached, or other jobs hold them. {self.then}"
         )

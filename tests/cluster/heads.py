@@ -52,7 +52,7 @@ def fake_autoscaler(node_types: dict[str, Any], port: int) -> dict[str, Any]:
     """A launcher config whose nodes are processes of this machine, none of them spot ones."""
     return {
         "cluster_name": "fake",
-        "max_workers": 4,
+        "max_workers": sum(kind["max_workers"] for kind in node_types.values()),
         "idle_timeout_minutes": 0.2,  # longer than a job takes from waiting for nodes to using them
         "provider": {
             "type": "external",

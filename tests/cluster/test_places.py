@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.data import DataContext
+from ray.util.placement_group import placement_group_table
 
 from roo_ray import session
 from roo_ray.config import RaySettings
@@ -83,3 +86,27 @@ def test_other_nodes_are_asked_for_where_the_first_do_not_come(monkeypatch: pyte
     assert asked == [both, both, [trainer, trainer], [data], [other, other, data]]
     assert "for the trainers" in said[-1]
     assert "data" not in said[-1].partition("for the trainers")[2]
+
+
+def test_nodes_that_came_are_held_for_a_moment(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And are let go then: an autoscaler asks an idle node whether it is idle before it ends it."""
+    known = set(placement_group_table())
+    slept: list[tuple[float, list[str]]] = []
+
+    def states() -> list[str]:
+        return [group["state"] for name, group in placement_group_table().items() if name not in known]
+
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: slept.append((seconds, states())))
+    monkeypatch.setattr(session, "time", clock)
+    settings = RaySettings(wait_for_nodes_s=60, data_cpus=1)
+    session.wait_for_nodes(settings, 1, False, print)
+    assert slept == [(session.SECONDS_TO_HOLD_NODES, ["CREATED"])]
+    assert states() == ["REMOVED"]
+
+
+def test_nodes_that_came_may_go_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Train and Ray Data then ask for others: the job is not refused."""
+    monkeypatch.setenv("RAY_ADDRESS", "anywhere")
+    monkeypatch.setattr(session, "_come", lambda bundles, labels, seconds: True)
+    monkeypatch.setattr(session, "require_resources", lambda *settings: pytest.fail("looked at again"))
+    session.make_ready(RaySettings(wait_for_nodes_s=60), None, print)
