@@ -146,7 +146,7 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         self._storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that a node keeps would keep the node: neither were ever freed
 
     @property
     def total(self) -> int:
