@@ -13,7 +13,9 @@ from torch import Tensor
 from roo_ray.ingest.batch import segment_positions
 
 TIME_BUCKETS = 64  # half octaves: up to 2**32 seconds
-BUCKETS = 8  # on CPU: more pad less, and are smaller matrices
+BUCKETS = (1, 2, 3, 4, 5, 6, 8)  # how many there may be on CPU: more pad less, and are smaller matrices
+QUERIES_PER_BLOCK = 80  # a block skips the keys after it, but a small one is not worth its launches
+LAUNCHES = 25_000  # pairs of a query and a key whose work takes as long as the launches of a block
 
 
 def time_buckets(seconds: Tensor) -> Tensor:
@@ -141,10 +143,11 @@ def layout(lengths: Tensor, ages: Tensor | None, max_buckets: int | None = None)
     """Sorts sequences by length into at most ``max_buckets`` buckets of about equally many tokens.
 
     lengths (B,) int64; ages (T,) float32 seconds from event to request, or None. Empty sequences are in no
-    bucket. Default for ``max_buckets``: BUCKETS on CPU; one on a GPU, where padding is cheaper than launches.
+    bucket. Default for ``max_buckets``: on CPU the cheapest of BUCKETS; one on a GPU, where padding is cheaper than
+    launches.
     """
-    if max_buckets is None:
-        max_buckets = BUCKETS if lengths.device.type == "cpu" else 1
+    if max_buckets is None and lengths.device.type != "cpu":
+        max_buckets = 1
     order = torch.argsort(lengths, descending=True, stable=True)  # (B,)
     ordered = lengths[order]
     starts = (lengths.cumsum(0) - lengths)[order]  # (B,) first token of each sequence
@@ -162,14 +165,31 @@ def layout(lengths: Tensor, ages: Tensor | None, max_buckets: int | None = None)
     return Layout(int(lengths.sum()), tuple(buckets), lengths, ages)
 
 
-def _splits(descending: Tensor, max_buckets: int) -> Sequence[tuple[int, int]]:
+def query_blocks(length: int) -> list[tuple[int, int]]:
+    """(first, last) of blocks of about equally many queries, QUERIES_PER_BLOCK at most: on CPU a bucket's attention is
+    computed by these, each with the keys up to its own end."""
+    count = max(1, -(-length // QUERIES_PER_BLOCK))
+    edges = [place * length // count for place in range(count + 1)]
+    return list(pairwise(edges))
+
+
+def _splits(descending: Tensor, max_buckets: int | None) -> Sequence[tuple[int, int]]:
     """Row ranges of the buckets, for lengths in descending order, without the empty sequences: about equally many
-    tokens each. For lengths spread evenly 8 such buckets compute 1.2 times the scores that count; buckets of equal
-    attention cost, whose last holds all short sequences, 1.33 times."""
+    tokens each; None: as many buckets as cost least. For lengths spread evenly 8 such buckets compute 1.2 times the
+    scores that count; buckets of equal attention cost, whose last holds all short sequences, 1.33 times."""
     count = int((descending > 0).sum())
     if count == 0:
         return []
-    return even_cuts(descending[:count], max_buckets)
+    lengths = descending[:count]
+    if max_buckets is not None:
+        return even_cuts(lengths, max_buckets)
+    known = lengths.tolist()
+
+    def cost(cuts: list[tuple[int, int]]) -> int:
+        blocks = [(last - first, *block) for first, last in cuts for block in query_blocks(known[first])]
+        return sum(LAUNCHES + rows * (last - first) * last for rows, first, last in blocks)
+
+    return min((even_cuts(lengths, buckets) for buckets in BUCKETS), key=cost)
 
 
 def even_cuts(costs: Tensor, parts: int) -> list[tuple[int, int]]:

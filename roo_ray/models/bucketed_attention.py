@@ -3,7 +3,6 @@ sequence to the longest, and in few passes over the scores."""
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,9 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from roo_ray.models.attention_layout import Bucket, Layout
+from roo_ray.models.attention_layout import Bucket, Layout, query_blocks
 
-QUERIES_PER_BLOCK = 80  # a block skips the keys after it, but a small one is not worth its launches
 KEPT_SCORES = 8 << 20  # scores of a layer up to which they are kept for backward: 32 MB; more are computed again
 MASKED = -1e30  # below every product of query and key; SiLU and its slope are exactly 0 here
 
@@ -36,6 +34,7 @@ class _BucketedAttention(torch.autograd.Function):
     ) -> Tensor:
         table = _bias_table(position, time if layout.ages is not None else None)
         keeps = _scores_of(layout, heads) <= KEPT_SCORES
+        qkv = qkv.contiguous()  # once: a part of wider rows would be copied whole by every bucket's gather
         rows = qkv.new_empty(heads * layout.slots(), qkv.shape[1] // (3 * heads))
         gathered, kept = [], []
         for bucket, (mixed,) in zip(layout.buckets, layout.parts_of(rows, 1, heads), strict=True):
@@ -94,13 +93,6 @@ class _BucketedAttention(torch.autograd.Function):
         if time is not None:
             grad_time = by_distance.sum(1).to(time.dtype) if layout.ages is not None else torch.zeros_like(time)
         return layout.join_heads(rows, 3, heads), grad_position, grad_time, None, None, None
-
-
-def query_blocks(length: int) -> list[tuple[int, int]]:
-    """(first, last) of blocks of about equally many queries, QUERIES_PER_BLOCK at most."""
-    count = max(1, -(-length // QUERIES_PER_BLOCK))
-    edges = [place * length // count for place in range(count + 1)]
-    return list(pairwise(edges))
 
 
 def _bias_table(position: Tensor, time: Tensor | None) -> Tensor:

@@ -84,7 +84,7 @@ def test_bucketed_equals_reference(
     for function, count in ((attention.padded_attention, 1), (bucketed_attention.bucketed_attention, buckets)):
         layout = attention_layout.layout(of, ages if times in ("times", "ages alone") else None, count)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(bucketed_attention, "QUERIES_PER_BLOCK", block)  # up to 6 blocks of the longest
+            patch.setattr(attention_layout, "QUERIES_PER_BLOCK", block)  # up to 6 blocks of the longest
             patch.setattr(bucketed_attention, "KEPT_SCORES", 1 << 20 if keeps else -1)
             out = function(inputs[0], layout, HEADS, NORMALISER, inputs[1], time)
             loss = (out * weight).sum()
@@ -209,3 +209,14 @@ def test_triton_without_a_c_compiler_is_left_for_the_reference(
         (tmp_path / "bin" / name).unlink()
     monkeypatch.setenv("CC", "no-such-compiler -O2")
     assert "CC=no-such-compiler" in str(attention.kernel_problem())
+
+
+def test_small_batches_have_few_buckets() -> None:
+    """A bucket's launches take as long as a good deal of padding; where there is much to compute, buckets pad less."""
+    few = attention_layout.layout(torch.arange(1, 17), None)
+    assert [(bucket.rows, bucket.length) for bucket in few.buckets] == [(16, 16)]
+    lengths = torch.arange(640) % 200 + 1
+    many = attention_layout.layout(lengths, None)
+    assert len(many.buckets) == max(attention_layout.BUCKETS)
+    assert sum(bucket.rows for bucket in many.buckets) == 640
+    assert sum(bucket.tokens.numel() for bucket in many.buckets) == int(lengths.sum())
