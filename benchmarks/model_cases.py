@@ -24,6 +24,7 @@ warnings.filterwarnings("ignore")  # TorchRec's own, on every construction
 logging.disable(logging.WARNING)
 
 ITEMS, TOPICS, COUNTRIES = 100_000, 100, 64
+SECONDS_A_TURN = 0.5
 
 
 def schema_of(history: int, dim: int) -> Schema:
@@ -105,26 +106,30 @@ def _places(lengths: Tensor) -> Tensor:
 
 def side_by_side(ways: dict[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
     """Seconds of each way in each round, taken in turns, the order reversed in every other round, after one round
-    that is not counted.
+    that is not counted. A turn is repeated for SECONDS_A_TURN: a training takes many steps of one form, and a short
+    one right after a long one of the other finds its memory in no cache.
 
     On CPU the process's own CPU seconds, of one thread: what else the machine does is then hardly a part of them.
     """
+    clock = time.process_time if device == "cpu" else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, way in list(ways.items())[:: -1 if turn % 2 else 1]:
-            if device == "cpu":
-                begin = time.process_time()
+            times, taken = 0, 0.0
+            _wait_for(device)
+            begin = clock()
+            while taken < SECONDS_A_TURN:
                 way()
-                taken = time.process_time() - begin
-            else:
-                torch.cuda.synchronize()
-                begin = time.perf_counter()
-                way()
-                torch.cuda.synchronize()
-                taken = time.perf_counter() - begin
+                _wait_for(device)
+                times, taken = times + 1, clock() - begin
             if turn:
-                seconds[name].append(taken)
+                seconds[name].append(taken / times)
     return seconds
+
+
+def _wait_for(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
 
 
 def times_faster(seconds: dict[str, list[float]], baseline: str, way: str) -> float:

@@ -44,7 +44,7 @@ class _BucketedAttention(torch.autograd.Function):
                 raw = _raw_scores(bucket, q, k, first, last, table, position)
                 kept += [raw] if keeps else []
                 scores = functional.silu(raw, inplace=not keeps)
-                torch.bmm(scores, v[:, :last], out=mixed[:, first:last])
+                _product(scores, v[:, :last], mixed[:, first:last])
         ctx.save_for_backward(position, time, table, *gathered, *kept)
         ctx.layout, ctx.heads, ctx.normaliser = layout, heads, normaliser
         return layout.join_heads(rows, 1, heads).div_(normaliser)
@@ -73,13 +73,12 @@ class _BucketedAttention(torch.autograd.Function):
                 scores = torch.mul(raw, gate, out=raw if known is None else None)
                 slope = torch.addcmul(gate, scores, gate, value=-1).add_(scores)
                 grad_raw = torch.bmm(upstream, v[:, :last].transpose(1, 2)).mul_(slope)  # (H * R, S, last)
-                torch.bmm(grad_raw, k[:, :last], out=grad_q[:, first:last])
+                _product(grad_raw, k[:, :last], grad_q[:, first:last])
                 for grad, left, right in ((grad_k, grad_raw, queries), (grad_v, scores, upstream)):
                     if last == bucket.length:
                         torch.bmm(left.transpose(1, 2), right, out=grad)
                     else:
-                        part = grad[:, :last]
-                        torch.baddbmm(part, left.transpose(1, 2), right, out=part)
+                        grad[:, :last].add_(torch.bmm(left.transpose(1, 2), right))
                 place = _bias_rows(bucket, first, last, table, position)
                 grad_bias = grad_raw.view(heads, bucket.rows, last - first, last).sum(0)  # (R, S, last)
                 if place.shape[0] < bucket.rows:
@@ -93,6 +92,14 @@ class _BucketedAttention(torch.autograd.Function):
         if time is not None:
             grad_time = by_distance.sum(1).to(time.dtype) if layout.ages is not None else torch.zeros_like(time)
         return layout.join_heads(rows, 3, heads), grad_position, grad_time, None, None, None
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Batches of matrices into ``out``: a part of wider ones torch would fill a matrix at a time."""
+    if out.is_contiguous():
+        torch.bmm(left, right, out=out)
+    else:
+        out.copy_(torch.bmm(left, right))
 
 
 def _bias_table(position: Tensor, time: Tensor | None) -> Tensor:
