@@ -15,7 +15,7 @@ from roo_ray.ingest.batch import segment_positions
 TIME_BUCKETS = 64  # half octaves: up to 2**32 seconds
 BUCKETS = (1, 2, 3, 4, 5, 6, 8)  # how many there may be on CPU: more pad less, and are smaller matrices
 QUERIES_PER_BLOCK = 80  # a block skips the keys after it, but a small one is not worth its launches
-LAUNCHES = 25_000  # pairs of a query and a key whose work takes as long as the launches of a block
+LAUNCHES = 18_000  # pairs of a query and a key whose work takes as long as the launches of a block
 
 
 def time_buckets(seconds: Tensor) -> Tensor:
