@@ -66,7 +66,7 @@ from ray.data._internal.execution.streaming_executor import StreamingExecutor  #
 from ray.util.placement_group import placement_group, remove_placement_group  # noqa: E402
 
 SECONDS_FOR_RESOURCES_TO_COME_BACK = 10.0
-SECONDS_TO_HOLD_NODES = 2.0  # longer than an autoscaler takes from looking at idle nodes to ending them
+SECONDS_TO_HOLD_NODES = 2.0  # longer than an autoscaler mostly takes from looking at idle nodes to ending them
 PLACING = "roo_ray.placing"
 
 
@@ -176,15 +176,20 @@ def end_iterations() -> None:
 
 def make_ready(settings: RaySettings, training: Training | None, say: Callable[[str], None]) -> None:
     """Waits for the nodes of the trainers, if any, and of the data tasks, where the cluster is autoscaled
-    (``wait_for_nodes_s``). Raises ClusterError where they do not fit.
-
-    What came there is not looked at again: a node may go at once, and then Ray Train and Ray Data ask for another.
-    """
+    (``wait_for_nodes_s``), again where one that came has gone. Raises ClusterError where they do not fit."""
     workers, gpu = (training.least_workers, training.gpu) if training else (0, False)
-    if "RAY_ADDRESS" in os.environ and settings.wait_for_nodes_s:
-        wait_for_nodes(settings, workers, gpu, say)
-    else:
-        require_resources(settings, workers, gpu)
+    autoscaled = "RAY_ADDRESS" in os.environ and settings.wait_for_nodes_s > 0
+    deadline = time.monotonic() + settings.wait_for_nodes_s
+    while autoscaled:
+        left = deadline - time.monotonic()
+        wait_for_nodes(settings.model_copy(update={"wait_for_nodes_s": max(left, 1.0)}), workers, gpu, say)
+        try:
+            return require_resources(settings, workers, gpu)
+        except ClusterError:
+            if time.monotonic() > deadline:
+                raise
+            say("a node that came has gone again, or another job has taken it")
+    return require_resources(settings, workers, gpu)
 
 
 @contextmanager

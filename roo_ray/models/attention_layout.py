@@ -15,7 +15,7 @@ from roo_ray.ingest.batch import segment_positions
 TIME_BUCKETS = 64  # half octaves: up to 2**32 seconds
 BUCKETS = (1, 2, 3, 4, 5, 6, 8)  # how many there may be on CPU: more pad less, and are smaller matrices
 QUERIES_PER_BLOCK = 80  # a block skips the keys after it, but a small one is not worth its launches
-LAUNCHES = 18_000  # pairs of a query and a key whose work takes as long as the launches of a block
+LAUNCHES = 18_000  # pairs of a query and a key whose work takes as long as a block's launches, with 2 heads of 32
 
 
 def time_buckets(seconds: Tensor) -> Tensor:
@@ -173,6 +173,7 @@ def query_blocks(length: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
+@torch.compiler.disable  # type: ignore[misc]  # by values, which the compiler cannot follow
 def _splits(descending: Tensor, max_buckets: int | None) -> Sequence[tuple[int, int]]:
     """Row ranges of the buckets, for lengths in descending order, without the empty sequences: about equally many
     tokens each; None: as many buckets as cost least. For lengths spread evenly 8 such buckets compute 1.2 times the

@@ -69,11 +69,11 @@ def test_nodes_for_trainers_and_for_data(path: Path) -> None:
 
 @pytest.mark.parametrize("path", LAUNCHERS, ids=name_of)
 def test_other_nodes_come_while_ray_train_asks_for_spot_ones(path: Path) -> None:
-    """Of a run on all nodes that there may be, which has lost its spot trainers: Ray Train's request for them stands,
-    and counts, however often the cloud has refused it, beside the one of `training.waiting`."""
+    """Of a run on all nodes that there may be, which has lost its spot ones: the requests of Ray Train and Ray Data for
+    them stand, and count, however often the cloud has refused them."""
     job = ["training.workers=32", "ingest.lanes=32", "ray.data_cpus=256"]
     config = load_config(ROOT / "configs/demo.yaml", [*JOB, *job])
     bundles, labels = bundles_of(config.ray, 32, True)
-    others = [label | ON_DEMAND for label in labels[:32]]
-    nodes = launched(path, (bundles, labels), (bundles[:32], others))
-    assert nodes == {"trainer_spot": 8, "trainer_on_demand": 8, "data_spot": 16}
+    others = [label | ON_DEMAND for label in labels]
+    nodes = launched(path, (bundles, labels), (bundles, others))
+    assert nodes == {"trainer_spot": 8, "trainer_on_demand": 8, "data_spot": 16, "data_on_demand": 16}

@@ -98,15 +98,31 @@ def test_nodes_that_came_are_held_for_a_moment(local_ray: None, monkeypatch: pyt
 
     clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: slept.append((seconds, states())))
     monkeypatch.setattr(session, "time", clock)
-    settings = RaySettings(wait_for_nodes_s=60, data_cpus=1)
-    session.wait_for_nodes(settings, 1, False, print)
+    assert session._come([{"CPU": 1.0}], [{}], 60)
     assert slept == [(session.SECONDS_TO_HOLD_NODES, ["CREATED"])]
     assert states() == ["REMOVED"]
 
 
-def test_nodes_that_came_may_go_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray Train and Ray Data then ask for others: the job is not refused."""
+def test_nodes_that_went_again_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as the config says, and no longer."""
+    waited: list[float] = []
+    gone = iter([True, True, False])
+
+    def come(bundles: list[dict[str, float]], labels: list[dict[str, str]], seconds: float) -> bool:
+        waited.append(seconds)
+        return True
+
+    def look(*settings: Any) -> None:
+        if next(gone):
+            raise ClusterError("the cluster has 0 CPUs")
+
     monkeypatch.setenv("RAY_ADDRESS", "anywhere")
-    monkeypatch.setattr(session, "_come", lambda bundles, labels, seconds: True)
-    monkeypatch.setattr(session, "require_resources", lambda *settings: pytest.fail("looked at again"))
-    session.make_ready(RaySettings(wait_for_nodes_s=60), None, print)
+    monkeypatch.setattr(session, "_come", come)
+    monkeypatch.setattr(session, "require_resources", look)
+    said: list[str] = []
+    session.make_ready(RaySettings(wait_for_nodes_s=60), None, said.append)
+    assert len(waited) == 3
+    assert said == ["a node that came has gone again, or another job has taken it"] * 2
+    gone = iter([True, True])
+    with pytest.raises(ClusterError, match="0 CPUs"):
+        session.make_ready(RaySettings(wait_for_nodes_s=1e-9), None, said.append)

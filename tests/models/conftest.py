@@ -17,3 +17,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def many_buckets() -> Iterator[None]:
+    """Attention has as many buckets for tiny batches as for large ones, where launches cost nothing."""
+    from roo_ray.models import attention_layout  # imports torch's compiler
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_layout, "LAUNCHES", 0)
+        yield

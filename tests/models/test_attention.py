@@ -211,8 +211,9 @@ def test_triton_without_a_c_compiler_is_left_for_the_reference(
     assert "CC=no-such-compiler" in str(attention.kernel_problem())
 
 
-def test_small_batches_have_few_buckets() -> None:
+def test_small_batches_have_few_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bucket's launches take as long as a good deal of padding; where there is much to compute, buckets pad less."""
+    monkeypatch.setattr(attention_layout, "LAUNCHES", 18_000)
     few = attention_layout.layout(torch.arange(1, 17), None)
     assert [(bucket.rows, bucket.length) for bucket in few.buckets] == [(16, 16)]
     lengths = torch.arange(640) % 200 + 1
