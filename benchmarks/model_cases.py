@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from roo_ray.allocator import use_huge_pages
 from roo_ray.ingest.batch import Jagged, RequestBatch
 from roo_ray.schema import Schema, parse_schema
 
 warnings.filterwarnings("ignore")  # TorchRec's own, on every construction
 logging.disable(logging.WARNING)
+use_huge_pages()  # as trainers do when roo_ray.training is imported, before TorchRec is
 
 ITEMS, TOPICS, COUNTRIES = 100_000, 100, 64
 SECONDS_A_TURN = 0.5

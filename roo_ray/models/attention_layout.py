@@ -13,9 +13,11 @@ from torch import Tensor
 from roo_ray.ingest.batch import segment_positions
 
 TIME_BUCKETS = 64  # half octaves: up to 2**32 seconds
-BUCKETS = (1, 2, 3, 4, 5, 6, 8)  # how many there may be on CPU: more pad less, and are smaller matrices
+MOST_BUCKETS = 24  # on CPU: more pad less, and are smaller matrices
 QUERIES_PER_BLOCK = 80  # a block skips the keys after it, but a small one is not worth its launches
-LAUNCHES = 18_000  # pairs of a query and a key whose work takes as long as a block's launches, with 2 heads of 32
+# What takes as long as the work on so many pairs of a query and a key, with 2 heads of 32:
+LAUNCHES = 6_000  # of a bucket, and again of each of its blocks
+SLOT = 15  # what a slot moves, beside its pairs
 
 
 def time_buckets(seconds: Tensor) -> Tensor:
@@ -143,7 +145,7 @@ def layout(lengths: Tensor, ages: Tensor | None, max_buckets: int | None = None)
     """Sorts sequences by length into at most ``max_buckets`` buckets of about equally many tokens.
 
     lengths (B,) int64; ages (T,) float32 seconds from event to request, or None. Empty sequences are in no
-    bucket. Default for ``max_buckets``: on CPU the cheapest of BUCKETS; one on a GPU, where padding is cheaper than
+    bucket. Default for ``max_buckets``: on CPU those that cost least; one on a GPU, where padding is cheaper than
     launches.
     """
     if max_buckets is None and lengths.device.type != "cpu":
@@ -176,21 +178,37 @@ def query_blocks(length: int) -> list[tuple[int, int]]:
 @torch.compiler.disable  # type: ignore[misc]  # by values, which the compiler cannot follow
 def _splits(descending: Tensor, max_buckets: int | None) -> Sequence[tuple[int, int]]:
     """Row ranges of the buckets, for lengths in descending order, without the empty sequences: about equally many
-    tokens each; None: as many buckets as cost least. For lengths spread evenly 8 such buckets compute 1.2 times the
-    scores that count; buckets of equal attention cost, whose last holds all short sequences, 1.33 times."""
+    tokens each; None: those that cost least."""
     count = int((descending > 0).sum())
     if count == 0:
         return []
     lengths = descending[:count]
-    if max_buckets is not None:
-        return even_cuts(lengths, max_buckets)
-    known = lengths.tolist()
+    return cheapest_cuts(lengths) if max_buckets is None else even_cuts(lengths, max_buckets)
 
-    def cost(cuts: list[tuple[int, int]]) -> int:
-        blocks = [(last - first, *block) for first, last in cuts for block in query_blocks(known[first])]
-        return sum(LAUNCHES + rows * (last - first) * last for rows, first, last in blocks)
 
-    return min((even_cuts(lengths, buckets) for buckets in BUCKETS), key=cost)
+def cheapest_cuts(descending: Tensor) -> list[tuple[int, int]]:
+    """Row ranges whose attention on CPU costs least, by LAUNCHES and SLOT: lengths (N,) int64 in descending order,
+    N > 0. A bucket may begin at about MOST_BUCKETS places, evenly apart in tokens, never between rows of one length;
+    among these the choice is exact."""
+    begins = torch.tensor([first for first, _ in even_cuts(descending, MOST_BUCKETS)])
+    begins = torch.searchsorted(-descending, -descending[begins]).unique()
+    edges = [*begins.tolist(), descending.numel()]
+    fixed, of_row = [], []  # what a bucket that begins here costs, whatever its rows, and for each of them
+    for length in descending[begins].tolist():
+        blocks = query_blocks(length)
+        fixed.append(LAUNCHES * (1 + len(blocks)))
+        of_row.append(SLOT * length + sum((last - first) * last for first, last in blocks))
+    cost, end = [0] * len(edges), [0] * len(edges)  # of all rows from an edge on, and where its bucket ends
+    for begin in reversed(range(len(fixed))):
+        cost[begin], end[begin] = min(
+            (fixed[begin] + (edges[after] - edges[begin]) * of_row[begin] + cost[after], after)
+            for after in range(begin + 1, len(edges))
+        )
+    cuts, begin = [], 0
+    while begin < len(fixed):
+        cuts.append((edges[begin], edges[end[begin]]))
+        begin = end[begin]
+    return cuts
 
 
 def even_cuts(costs: Tensor, parts: int) -> list[tuple[int, int]]:

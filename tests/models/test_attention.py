@@ -1,8 +1,9 @@
 """HSTU attention: the reference against a double loop, the bucketed path against the reference."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import chain, combinations, pairwise
 from pathlib import Path
 
 import pytest
@@ -213,11 +214,35 @@ def test_triton_without_a_c_compiler_is_left_for_the_reference(
 
 def test_small_batches_have_few_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bucket's launches take as long as a good deal of padding; where there is much to compute, buckets pad less."""
-    monkeypatch.setattr(attention_layout, "LAUNCHES", 18_000)
+    monkeypatch.setattr(attention_layout, "LAUNCHES", 6_000)
     few = attention_layout.layout(torch.arange(1, 17), None)
     assert [(bucket.rows, bucket.length) for bucket in few.buckets] == [(16, 16)]
     lengths = torch.arange(640) % 200 + 1
     many = attention_layout.layout(lengths, None)
-    assert len(many.buckets) == max(attention_layout.BUCKETS)
+    assert 8 < len(many.buckets) <= attention_layout.MOST_BUCKETS
     assert sum(bucket.rows for bucket in many.buckets) == 640
     assert sum(bucket.tokens.numel() for bucket in many.buckets) == int(lengths.sum())
+
+
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=12), launches=st.sampled_from([0, 600, 6_000]))
+def test_no_other_cuts_cost_less(lengths: list[int], launches: int) -> None:
+    """Of all ways to cut few rows, each of which may begin a bucket."""
+    lengths.sort(reverse=True)
+
+    def cost(cuts: Iterable[tuple[int, int]]) -> int:
+        total = 0
+        for first, last in cuts:
+            blocks = attention_layout.query_blocks(lengths[first])
+            pairs = sum((stop - start) * stop for start, stop in blocks)
+            total += launches * (1 + len(blocks)) + (last - first) * (attention_layout.SLOT * lengths[first] + pairs)
+        return total
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_layout, "LAUNCHES", launches)
+        patch.setattr(attention_layout, "MOST_BUCKETS", 10_000)
+        cuts = attention_layout.cheapest_cuts(torch.tensor(lengths))
+    assert [first for first, _ in cuts] == [0, *(last for _, last in cuts[:-1])]
+    assert cuts[-1][1] == len(lengths)
+    inner = range(1, len(lengths))
+    every = chain.from_iterable(combinations(inner, count) for count in range(len(lengths)))
+    assert cost(cuts) == min(cost(pairwise([0, *places, len(lengths)])) for places in every)
